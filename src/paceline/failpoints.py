@@ -1,0 +1,71 @@
+"""Named places where tests inject faults: `PACELINE_FAILPOINT=name:action@n`, several separated by commas.
+
+The action happens at the n-th hit of the name in this process (n from 1, default 1). Actions: `kill` ends
+the process by SIGKILL, `kill=PID` another one, `stop` halts the process by SIGSTOP, `delay=SECONDS`
+sleeps. Without the variable a hit costs one look at an empty dict.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from paceline.errors import ConfigError
+
+VARIABLE = "PACELINE_FAILPOINT"
+
+
+@dataclass(slots=True)
+class _Armed:
+    action: str
+    remaining_hits: int
+
+
+class Failpoints:
+    """The armed failpoints of one process; inert when built from an empty specification."""
+
+    def __init__(self, specification: str = "") -> None:
+        self._lock = threading.Lock()
+        self._armed = dict(_parse(specification))
+
+    @classmethod
+    def from_environment(cls) -> "Failpoints":
+        return cls(os.environ.get(VARIABLE, ""))
+
+    def hit(self, name: str) -> None:
+        """Do what is armed for this name, if anything."""
+        if not self._armed:
+            return
+        with self._lock:
+            armed = self._armed.get(name)
+            if armed is None:
+                return
+            armed.remaining_hits -= 1
+            if armed.remaining_hits:
+                return
+        _act(armed.action)
+
+
+def _parse(specification: str) -> Iterable[tuple[str, _Armed]]:
+    for entry in filter(None, specification.split(",")):
+        name, _, rest = entry.partition(":")
+        action, _, count = rest.partition("@")
+        valid = action in ("kill", "stop") or action.startswith(("delay=", "kill="))
+        if not name or not valid or not (count or "1").isdigit():
+            raise ConfigError(
+                f"{VARIABLE} has the entry {entry!r}; it must read name:action@n with an action of "
+                "kill, kill=PID, stop or delay=SECONDS"
+            )
+        yield name, _Armed(action, int(count or "1"))
+
+
+def _act(action: str) -> None:
+    if action.startswith("delay="):
+        time.sleep(float(action.removeprefix("delay=")))
+    elif action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        victim = int(action.removeprefix("kill=")) if "=" in action else os.getpid()
+        os.kill(victim, signal.SIGKILL)

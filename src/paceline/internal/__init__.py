@@ -1,0 +1,1 @@
+"""Protocols between paceline's own processes: no promise of compatibility between versions."""

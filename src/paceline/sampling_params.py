@@ -1,0 +1,109 @@
+"""How one request wants its tokens chosen; names and meanings are vLLM's."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from paceline.errors import FieldViolation
+
+MAX_CHOICES = 64
+MAX_LOGPROBS = 20
+MAX_STOP_TOKEN_IDS = 64
+MAX_STOP_STRINGS = 16
+MAX_LOGIT_BIAS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Sampling parameters of one request, the same for all its choices.
+
+    The next token is a function of (prompt, output so far, these parameters, seed, choice, index), so
+    any worker can continue any request. `seed` is drawn by the router when the client gives none.
+    """
+
+    max_tokens: int | None = None
+    """Output tokens a choice at most; None: as many as the model's length allows."""
+    temperature: float = 1.0
+    """0 is greedy; otherwise logits are divided by it."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest most likely tokens whose probabilities reach this sum."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely one."""
+    seed: int | None = None
+    """64-bit seed of the request's random stream."""
+    n: int = 1
+    """Choices to generate from one prompt."""
+    repetition_penalty: float = 1.0
+    """Divide positive, multiply negative logits of tokens in prompt or output; 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtract once from logits of tokens in the output."""
+    frequency_penalty: float = 0.0
+    """Subtract per occurrence from logits of tokens in the output."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, added to its logit) pairs, applied before everything else."""
+    logprobs: int | None = None
+    """Report the log-probability of each token and of this many most likely ones; None reports none."""
+    ignore_eos: bool = False
+    """Go on after the model's end-of-sequence token."""
+    min_tokens: int = 0
+    """Tokens before which neither end-of-sequence nor stop token ids may be sampled."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a choice; the token itself is reported, its text is not."""
+    stop: tuple[str, ...] = field(default=())
+    """Strings that end a choice (the router's business); the text is cut before them."""
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def violations(self, vocab_size: int) -> Iterator[FieldViolation]:
+        """Yield every parameter that is out of its range, with the range."""
+        yield from _out_of_range("max_tokens", self.max_tokens, 1, None)
+        yield from _out_of_range("temperature", self.temperature, 0.0, 100.0)
+        yield from _out_of_range("top_k", self.top_k, 0, vocab_size)
+        yield from _out_of_range("min_p", self.min_p, 0.0, 1.0)
+        yield from _out_of_range("n", self.n, 1, MAX_CHOICES)
+        yield from _out_of_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        yield from _out_of_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        yield from _out_of_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        yield from _out_of_range("min_tokens", self.min_tokens, 0, None)
+        yield from _out_of_range("seed", self.seed, 0, 2**64 - 1)
+        if not 0.0 < self.top_p <= 1.0:
+            yield FieldViolation("top_p", f"must be over 0 and at most 1, got {self.top_p}")
+        if not 0.0 < self.repetition_penalty <= 100.0:
+            yield FieldViolation(
+                "repetition_penalty", f"must be over 0 and at most 100, got {self.repetition_penalty}"
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            yield FieldViolation(
+                "min_tokens", f"{self.min_tokens} is more than max_tokens, {self.max_tokens}"
+            )
+        yield from _too_many("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
+        yield from _too_many("stop", len(self.stop), MAX_STOP_STRINGS)
+        yield from _too_many("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
+        if "" in self.stop:
+            yield FieldViolation("stop", "an empty string would stop at once")
+        for name, ids in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("logit_bias", tuple(token for token, _ in self.logit_bias)),
+        ):
+            for token in ids:
+                yield from _out_of_range(name, token, 0, vocab_size - 1)
+        for token, bias in self.logit_bias:
+            yield from _out_of_range(f"logit_bias[{token}]", bias, -100.0, 100.0)
+
+
+def _out_of_range(
+    name: str, value: float | None, low: float, high: float | None
+) -> Iterator[FieldViolation]:
+    # Written so that NaN, which compares false with everything, is a violation too.
+    if value is None or (value >= low and (high is None or value <= high)):
+        return
+    limit = f"at least {low}" if high is None else f"between {low} and {high}"
+    yield FieldViolation(name, f"must be {limit}, got {value}")
+
+
+def _too_many(name: str, count: int, limit: int) -> Iterator[FieldViolation]:
+    if count > limit:
+        yield FieldViolation(name, f"has {count} entries, at most {limit} are allowed")

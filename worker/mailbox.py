@@ -1,0 +1,36 @@
+"""How other threads talk to the engine thread: calls in a queue, run at the start of a step."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+Call = Callable[[float], None]
+"""Takes the time of the step at whose start it runs."""
+
+
+class Mailbox:
+    """Calls for the engine thread. `post` and `wake` work on any thread and never block."""
+
+    def __init__(self) -> None:
+        self._calls: deque[Call] = deque()
+        self._wake = threading.Event()
+
+    def post(self, call: Call) -> None:
+        self._calls.append(call)
+        self._wake.set()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def run_calls(self, now: float) -> int:
+        """Run what has been posted, in order; say how many calls that was. Engine thread only."""
+        self._wake.clear()
+        num_calls = 0
+        while self._calls:
+            self._calls.popleft()(now)
+            num_calls += 1
+        return num_calls
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait, with the GIL released, for a post or the time-out."""
+        self._wake.wait(timeout_s)

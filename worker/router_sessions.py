@@ -1,0 +1,153 @@
+"""Sessions with routers: the engine thread's way to answer, and what each router was told."""
+
+from collections.abc import Iterable
+
+from paceline.internal.v1 import worker_pb2 as wire_messages
+from paceline.request import AttemptKey, FailureReason, Span
+from paceline.v1 import inference_pb2
+from paceline.wire import span_to_proto, step_output_columns
+from paceline.worker.core import Core, LoadReport
+from paceline.worker.outgoing import Outgoing
+from paceline.worker.step_output import StepOutput
+
+SessionStream = Outgoing[wire_messages.SessionResponse]
+
+
+class _Session:
+    """One router's stream, as the engine thread sees it."""
+
+    def __init__(self, stream: SessionStream) -> None:
+        self.stream = stream
+        self.num_dispatches_seen = 0
+        self.output: StepOutput | None = None
+        self.last_load: LoadReport | None = None
+        self.last_sent_s = 0.0
+
+
+class RouterSessions:
+    """All sessions with routers; implements `RouterPort`. Engine thread only."""
+
+    def __init__(self, heartbeat_s: float) -> None:
+        self._sessions: dict[int, _Session] = {}
+        self._heartbeat_s = heartbeat_s
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def open(self, session: int, stream: SessionStream) -> None:
+        self._sessions[session] = _Session(stream)
+
+    def close(self, session: int) -> None:
+        self._sessions.pop(session, None)
+
+    def count_dispatch(self, session: int) -> None:
+        """Count a dispatch of this router as seen, so that its next load includes it."""
+        if session in self._sessions:
+            self._sessions[session].num_dispatches_seen += 1
+
+    def send_admission(
+        self, session: int, key: AttemptKey, *, admitted: bool, message: str, cached_tokens: int
+    ) -> None:
+        admission = wire_messages.Admission(
+            request_id=key.request_id,
+            attempt=key.attempt,
+            admitted=admitted,
+            message=message,
+            cached_tokens=cached_tokens,
+        )
+        self._send(session, wire_messages.SessionResponse(admission=admission))
+
+    def send_output(self, session: int, output: StepOutput) -> None:
+        """Keep the output for the message that `report` sends at the end of the round."""
+        if session in self._sessions:
+            held = self._sessions[session]
+            if held.output is not None:
+                self._report(held, held.last_load)
+            held.output = output
+
+    def send_failure(
+        self, session: int, stream_ids: tuple[int, ...], reason: FailureReason, message: str
+    ) -> None:
+        failure = wire_messages.Failure(
+            stream_ids=stream_ids,
+            reason=wire_messages.FailureReason.ValueType(reason.value),
+            message=message,
+        )
+        self._send(session, wire_messages.SessionResponse(failure=failure))
+
+    def send_phase(
+        self, session: int, key: AttemptKey, spans: list[Span], kv_bytes: int, transport: str
+    ) -> None:
+        phase = wire_messages.PhaseReport(
+            request_id=key.request_id,
+            attempt=key.attempt,
+            spans=[span_to_proto(span) for span in spans],
+            kv_bytes=kv_bytes,
+            transport=transport,
+        )
+        self._send(session, wire_messages.SessionResponse(phase=phase))
+
+    def report(self, core: Core, now: float) -> None:
+        """Send every router its new tokens and, when it changed or a heartbeat is due, the load."""
+        for number, session in self._sessions.items():
+            load = core.load(number, len(self._sessions))
+            due = now - session.last_sent_s >= self._heartbeat_s
+            if session.output is not None or load != session.last_load or due:
+                self._report(session, load)
+                session.last_sent_s = now
+
+    def _report(self, session: _Session, load: LoadReport | None) -> None:
+        step = step_report(session.output or StepOutput())
+        if load is not None:
+            step.load.CopyFrom(load_message(load, session.num_dispatches_seen))
+        session.output = None
+        session.last_load = load
+        session.stream.send(wire_messages.SessionResponse(step=step))
+
+    def _send(self, session: int, message: wire_messages.SessionResponse) -> None:
+        # A session that has ended meanwhile: its router has forgotten the attempt.
+        if session in self._sessions:
+            self._flush_output(session)
+            self._sessions[session].stream.send(message)
+
+    def _flush_output(self, session: int) -> None:
+        """Keep the order: tokens come before what is said about their attempt afterwards."""
+        held = self._sessions[session]
+        if held.output is not None:
+            self._report(held, held.last_load)
+
+
+def step_report(output: StepOutput) -> wire_messages.StepReport:
+    """Put a step's output into its message."""
+    return wire_messages.StepReport(
+        stream_ids=step_output_columns(output.stream_ids),
+        indices=step_output_columns(output.indices),
+        token_ids=step_output_columns(output.token_ids),
+        finished_stream_ids=step_output_columns(output.finished_stream_ids),
+        finish_reasons=output.finish_reasons.tobytes(),
+        logprobs=list(_logprobs(output)) if output.logprobs else None,
+    )
+
+
+def _logprobs(output: StepOutput) -> Iterable[wire_messages.TokenLogprobs]:
+    for position, logprobs in output.logprobs.items():
+        yield wire_messages.TokenLogprobs(
+            position=position,
+            logprob=logprobs.logprob,
+            top=[
+                inference_pb2.TokenLogprob(token_id=token, logprob=logprob)
+                for token, logprob in zip(logprobs.token_ids, logprobs.logprobs, strict=True)
+            ],
+        )
+
+
+def load_message(load: LoadReport, num_dispatches_seen: int) -> wire_messages.Load:
+    return wire_messages.Load(
+        credit_blocks=load.credit_blocks,
+        credit_requests=load.credit_requests,
+        num_dispatches_seen=num_dispatches_seen,
+        num_running=load.num_running,
+        num_pending_tokens=load.num_pending_tokens,
+        num_free_blocks=load.num_free_blocks,
+        draining=load.draining,
+    )

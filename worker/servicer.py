@@ -1,0 +1,124 @@
+"""The worker's end of the routers' streams: translate messages into calls of the engine thread."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+
+import grpc
+
+from paceline.internal.v1 import worker_pb2 as wire_messages
+from paceline.internal.v1 import worker_pb2_grpc
+from paceline.failpoints import Failpoints
+from paceline.request import AttemptKey
+from paceline.wire import work_from_proto
+from paceline.worker.core import Core, Peer
+from paceline.worker.identity import WorkerIdentity
+from paceline.worker.mailbox import Mailbox
+from paceline.worker.outgoing import Outgoing
+from paceline.worker.router_sessions import RouterSessions, load_message
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
+    """Implements `WorkerService`. Lives on the io loop; the core is only touched through the mailbox."""
+
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        core: Core,
+        sessions: RouterSessions,
+        mailbox: Mailbox,
+        failpoints: Failpoints,
+    ) -> None:
+        self._identity = identity
+        self._core = core
+        self._sessions = sessions
+        self._mailbox = mailbox
+        self._failpoints = failpoints
+        self._numbers = itertools.count()
+
+    async def Session(  # noqa: N802 - the name is gRPC's
+        self,
+        request_iterator: AsyncIterator[wire_messages.SessionRequest],
+        context: grpc.aio.ServicerContext[
+            wire_messages.SessionRequest, wire_messages.SessionResponse
+        ],
+    ) -> AsyncIterator[wire_messages.SessionResponse]:
+        hello = await anext(request_iterator, None)
+        if hello is None or not hello.HasField("hello"):
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session must be hello"
+            )
+            return
+        if hello.hello.worker_incarnation != self._identity.incarnation:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this is {self._identity.name}, not incarnation {hello.hello.worker_incarnation}",
+            )
+            return
+        number = next(self._numbers)
+        stream: Outgoing[wire_messages.SessionResponse] = Outgoing()
+        self._mailbox.post(lambda now: self._open(number, stream))
+        receiving = asyncio.create_task(self._receive(number, request_iterator, stream))
+        try:
+            async for response in stream:
+                yield response
+        finally:
+            receiving.cancel()
+            stream.close()
+            self._mailbox.post(lambda now: self._end(number, now))
+
+    def _open(self, number: int, stream: Outgoing[wire_messages.SessionResponse]) -> None:
+        self._sessions.open(number, stream)
+        load = self._core.load(number, len(self._sessions))
+        welcome = wire_messages.Welcome(
+            worker_id=self._identity.worker_id,
+            incarnation=self._identity.incarnation,
+            num_blocks=self._identity.num_blocks,
+            block_tokens=self._identity.block_tokens,
+            local_prefill_tokens=self._identity.local_prefill_tokens,
+            load=load_message(load, 0),
+        )
+        stream.send(wire_messages.SessionResponse(welcome=welcome))
+
+    def _end(self, number: int, now: float) -> None:
+        self._sessions.close(number)
+        self._core.end_session(number, now)
+
+    async def _receive(
+        self,
+        number: int,
+        requests: AsyncIterator[wire_messages.SessionRequest],
+        stream: Outgoing[wire_messages.SessionResponse],
+    ) -> None:
+        try:
+            async for request in requests:
+                self._take(number, request)
+        finally:
+            stream.close()
+
+    def _take(self, number: int, request: wire_messages.SessionRequest) -> None:
+        kind = request.WhichOneof("message")
+        if kind == "prefill":
+            self._dispatch(number, request.prefill.work, _peer(request.prefill.reader))
+        elif kind == "admit":
+            has_source = request.admit.HasField("source")
+            source = _peer(request.admit.source) if has_source else None
+            self._dispatch(number, request.admit.work, source)
+        elif kind == "cancel":
+            key = AttemptKey(request.cancel.request_id, request.cancel.attempt)
+            choices = tuple(request.cancel.choices)
+            self._mailbox.post(lambda now: self._core.cancel(number, key, choices, now))
+
+    def _dispatch(self, number: int, message: wire_messages.Work, peer: Peer | None) -> None:
+        work = work_from_proto(message)
+        self._failpoints.hit("queued")
+
+        def call(now: float) -> None:
+            self._sessions.count_dispatch(number)
+            self._core.dispatch(number, work, peer, now)
+
+        self._mailbox.post(call)
+
+
+def _peer(address: wire_messages.WorkerAddress) -> Peer:
+    return Peer(address.worker_id, address.incarnation, address.address)

@@ -1,0 +1,83 @@
+"""The engine thread: drain the mailbox, plan, launch, apply, for ever.
+
+With `overlap`, step n + 1 is planned and launched while step n runs, and its results are applied one round
+later; without, each step is applied before the next is planned. Output is the same.
+"""
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from paceline.engine.step_plan import ModelRunner, StepHandle
+from paceline.worker.core import Core
+from paceline.worker.mailbox import Mailbox
+
+logger = logging.getLogger(__name__)
+
+
+class StepLoop:
+    """Owns the engine thread. A failure in it ends the worker: `on_failure` is called with the cause."""
+
+    def __init__(
+        self,
+        core: Core,
+        runner: ModelRunner,
+        mailbox: Mailbox,
+        *,
+        after_round: Callable[[], None],
+        on_failure: Callable[[BaseException], None],
+        heartbeat_s: float,
+        overlap: bool = False,
+    ) -> None:
+        self._core = core
+        self._runner = runner
+        self._mailbox = mailbox
+        self._after_round = after_round
+        self._on_failure = on_failure
+        self._heartbeat_s = heartbeat_s
+        self._overlap = overlap
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.last_progress_s = time.monotonic()
+        """When the last step ended, or the loop last found nothing to do."""
+        self.num_steps = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread after the running step. Raises TimeoutError when it does not end in time."""
+        self._stopping = True
+        self._mailbox.wake()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the engine thread still runs {timeout_s} s after it was told to stop")
+
+    def _run(self) -> None:
+        gc.freeze()
+        try:
+            self._loop()
+        except BaseException as error:
+            logger.exception("event=engine_failed steps=%d", self.num_steps)
+            self._on_failure(error)
+
+    def _loop(self) -> None:
+        in_flight: StepHandle | None = None
+        while not self._stopping:
+            now = time.monotonic()
+            self._mailbox.run_calls(now)
+            self._core.tick(now)
+            plan = self._core.plan(now)
+            launched = self._runner.launch(plan) if plan is not None else None
+            ready, in_flight = (in_flight, launched) if self._overlap else (launched, None)
+            if ready is not None:
+                self._core.apply(ready.result(), time.monotonic())
+                self.num_steps += 1
+            self._after_round()
+            if launched is None and ready is None:
+                self.last_progress_s = time.monotonic()
+                self._mailbox.wait(self._heartbeat_s)
+            elif ready is not None:
+                self.last_progress_s = time.monotonic()
