@@ -1,9 +1,10 @@
 """What one step of the model computes, as plain arrays.
 
-The plan is all that a model runner gets, so that a tensor-parallel rank can be sent it by a broadcast. A
-sequence lives in a *slot* of the runner: its block table, the tokens that penalties look at, its sampling
-parameters and its last sampled token stay there from step to step; a plan carries only what changes.
-Prefill chunks (many new tokens), decode (one) and verification (k + 1) are rows of the same kind and mix.
+The plan is all that a model runner gets, so that a tensor-parallel rank can be sent it by a
+broadcast. A sequence lives in a *slot* of the runner: its block table, the tokens that penalties
+look at, its sampling parameters and its last sampled token stay there from step to step; a plan
+carries only what changes. Prefill chunks (many new tokens), decode (one) and verification (k + 1)
+are rows of the same kind and mix.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ EMPTY = np.empty(0, dtype=np.int32)
 
 
 class SlotStart(NamedTuple):
-    """A sequence takes a slot: everything the runner must know of it. Its block table starts empty."""
+    """A sequence takes a slot: all that the runner must know. Its block table starts empty."""
 
     slot: int
     sampling: SamplingParams
@@ -34,11 +35,11 @@ class SlotStart(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """One step. The runner applies it in this order: starts, table changes, block copies, the model over
-    all rows (writing their KV), then sampling.
+    """One step. The runner applies it in this order: starts, table changes, block copies, the model
+    over all rows (writing their KV), then sampling.
 
-    R rows with T new tokens in all, S samples, C table changes, K block copies. Rows are concatenated in
-    order: row r owns the token positions from sum(num_new_tokens[:r]).
+    R rows with T new tokens in all, S samples, C table changes, K block copies. Rows are
+    concatenated in order: row r owns the token positions from sum(num_new_tokens[:r]).
     """
 
     step_id: int
@@ -46,7 +47,9 @@ class StepPlan:
     slots: Int32Array
     """[R] slot of each row; a slot has at most one row in a step."""
     starts: Int32Array
-    """[R] tokens of the sequence whose KV is already in its blocks: position of the first new token."""
+    """[R] tokens of the sequence whose KV is already in its blocks: position of the first new
+    token.
+    """
     num_new_tokens: Int32Array
     """[R] at least 1"""
     from_last_sample: BoolArray
@@ -54,19 +57,21 @@ class StepPlan:
     tokens: Int32Array
     """New tokens of the rows with from_last_sample False, concatenated in row order."""
     sample_positions: Int32Array
-    """[S] position, among the T, whose logits are sampled; a position may be sampled by several slots."""
+    """[S] position, among the T, whose logits are sampled; a position may be sampled by several
+    slots.
+    """
     sample_slots: Int32Array
     """[S] slot whose parameters sample and whose last sample this becomes."""
     sample_indices: Int32Array
     """[S] output index of the sampled token: with (seed, choice) the key of its random bits."""
     slot_starts: Sequence[SlotStart] = ()
-    table_slots: Int32Array = field(default=EMPTY)
+    table_slots: Int32Array = field(default_factory=lambda: EMPTY)
     """[C] block_table[table_slots[c], table_columns[c]] = table_blocks[c]"""
-    table_columns: Int32Array = field(default=EMPTY)
-    table_blocks: Int32Array = field(default=EMPTY)
-    copy_sources: Int32Array = field(default=EMPTY)
+    table_columns: Int32Array = field(default_factory=lambda: EMPTY)
+    table_blocks: Int32Array = field(default_factory=lambda: EMPTY)
+    copy_sources: Int32Array = field(default_factory=lambda: EMPTY)
     """[K] blocks copied whole before anything is written in this step (copy-on-write)."""
-    copy_targets: Int32Array = field(default=EMPTY)
+    copy_targets: Int32Array = field(default_factory=lambda: EMPTY)
 
     @property
     def num_tokens(self) -> int:
@@ -101,7 +106,8 @@ class StepHandle(Protocol):
         """Whether `result` would return at once."""
 
     def result(self) -> StepResult:
-        """Wait, with the GIL released, until the step's tokens are on the CPU and its KV is visible.
+        """Wait, with the GIL released, until the step's tokens are on the CPU and its KV is
+        visible.
 
         Raises what the step raised; the pool's blocks that it wrote are then garbage.
         """

@@ -1,12 +1,13 @@
 """What every way of moving KV blocks has in common.
 
-A transport has two ends. The **owner's end** lives in the worker that owns the pool; it tells readers how to
-reach the pool and, where a read needs its help, serves it. The **reader's end** is one connection to one
-incarnation of one owner; it copies blocks from the owner's pool into its own. Both ends may exchange
-messages over the KV session that the two workers hold anyway: no transport opens a port of its own.
+A transport has two ends. The **owner's end** lives in the worker that owns the pool; it tells
+readers how to reach the pool and, where a read needs its help, serves it. The **reader's end** is
+one connection to one incarnation of one owner; it copies blocks from the owner's pool into its own.
+Both ends may exchange messages over the KV session that the two workers hold anyway: no transport
+opens a port of its own.
 
-Reads never write to the owner and never tell whether what they read was valid: the lease's confirmation
-does (see `paceline.kv_transfer.lease`).
+Reads never write to the owner and never tell whether what they read was valid: the lease's
+confirmation does (see `paceline.kv_transfer.lease`).
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +46,9 @@ class ReadHandle(Protocol):
     def state(self) -> ReadState: ...
 
     def add_done_callback(self, callback: Callable[[ReadOutcome], None]) -> None:
-        """Call back once, with DONE or FAILED, on any thread; at once if the read has ended already."""
+        """Call back once, with DONE or FAILED, on any thread; at once if the read has ended
+        already.
+        """
 
 
 class Channel(Protocol):
@@ -73,15 +76,22 @@ class Connection(Protocol):
     def read(self, lease_id: int, sources: Sequence[int], targets: Sequence[int]) -> ReadHandle:
         """Start to copy the owner's blocks `sources` into the reader's blocks `targets`, whole.
 
-        Never blocks and never raises for a fault of the peer: the handle FAILS, at the latest after the
-        transport's time-out.
+        Never blocks and never raises for a fault of the peer: the handle FAILS, at the latest after
+        the transport's time-out.
+        """
+
+    def probe(self, num_bytes: int) -> ReadHandle:
+        """Move about `num_bytes` of no meaning into scratch memory, to see whether and how fast it
+        works.
         """
 
     def on_message(self, payload: bytes) -> None:
         """Take a message from the owner's end."""
 
     def close(self) -> None:
-        """Fail running reads and free everything. Returns when nothing can write to the targets any more."""
+        """Fail running reads and free everything. Returns when nothing can write to the targets any
+        more.
+        """
 
 
 class OwnerPeer(Protocol):
@@ -95,7 +105,8 @@ class OwnerPeer(Protocol):
 
 
 IsReadable = Callable[[int, Sequence[int]], bool]
-"""(lease id, block ids) → whether the lease is alive and covers the blocks. Callable on any thread."""
+"""(lease id, block ids) → whether the lease is alive and covers the blocks. Callable on any thread.
+"""
 
 
 class Transport(Protocol):
@@ -112,7 +123,9 @@ class Transport(Protocol):
     def connect(
         self, owner: str, owner_incarnation: int, endpoint: bytes, channel: Channel
     ) -> Connection:
-        """Begin to read from an owner. Raises TransportError when its endpoint cannot be reached at all."""
+        """Begin to read from an owner. Raises TransportError when its endpoint cannot be reached at
+        all.
+        """
 
     def close(self) -> None:
         """Close every connection and peer and free what the transport holds."""

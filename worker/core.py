@@ -1,4 +1,4 @@
-"""What a kind of worker does in the engine thread; everything around it is the same for both kinds."""
+"""What a kind of worker does in its engine thread; what is around it is the same for both kinds."""
 
 from typing import NamedTuple, Protocol
 
@@ -54,7 +54,9 @@ class RouterPort(Protocol):
 
 
 class Core(Protocol):
-    """The engine thread's half of a worker: scheduler, allocator and leases, never a clock or a wait."""
+    """The engine thread's half of a worker: scheduler, allocator and leases, never a clock or a
+    wait.
+    """
 
     def dispatch(self, session: int, work: Work, peer: Peer | None, now: float) -> None:
         """Take or refuse work; answers by `send_admission`."""

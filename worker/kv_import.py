@@ -1,12 +1,13 @@
-"""One import: the reads of one attempt's KV into blocks of this worker, from subscription to verdict.
+"""One import: the reads of one attempt's KV into blocks of this worker, from subscription to
+verdict.
 
     SUBSCRIBED ── all reads ended ──> CONFIRMING ── held ──> HELD
         │                                │
         └──────────────┬─────────────────┘
           lost, released, owner gone ──> LOST
 
-The destination blocks may be written until `import_ended` has been called: after HELD at once (every read
-has ended), after LOST as soon as no read runs. Pure: time-free, no gRPC, no threads.
+The destination blocks may be written until `import_ended` has been called: after HELD at once
+(every read has ended), after LOST as soon as no read runs. Pure: time-free, no gRPC, no threads.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from paceline.errors import IntegrityError
+from paceline.errors import IntegrityError, TransferError
 from paceline.kv_transfer.lease import FirstToken
 from paceline.kv_transfer.read_plan import ReadPlan
 from paceline.kv_transfer.transport import ReadOutcome, ReadState
@@ -37,7 +38,9 @@ TRANSITIONS = {
 
 
 class ImportListener(Protocol):
-    """Hears how an import goes. Calls come in this order: progressed*, imported, confirmed | lost, ended."""
+    """Hears how an import goes. Calls come in this order: progressed*, imported, confirmed | lost,
+    ended.
+    """
 
     def import_progressed(self, key: AttemptKey) -> None:
         """More of the context has become readable: prefill is alive."""
@@ -77,7 +80,13 @@ class KvImport:
     """The state of one import. Io loop only."""
 
     def __init__(
-        self, key: AttemptKey, plan: ReadPlan, listener: ImportListener, reader_id: str
+        self,
+        key: AttemptKey,
+        plan: ReadPlan,
+        listener: ImportListener,
+        *,
+        reader_id: str,
+        block_tokens: int,
     ) -> None:
         self.key = key
         self.state = ImportState.SUBSCRIBED
@@ -85,6 +94,7 @@ class KvImport:
         self._plan = plan
         self._listener = listener
         self._reader_id = reader_id
+        self._block_tokens = block_tokens
         self._num_running_reads = 0
         self._first_tokens: tuple[FirstToken, ...] = ()
         self._abandoned = False
@@ -100,7 +110,13 @@ class KvImport:
         self.lease_id = news.lease_id
         self._first_tokens = news.first_tokens
         self._listener.import_progressed(self.key)
-        pairs = self._plan.update(news.block_ids, news.num_tokens, complete=bool(news.first_tokens))
+        try:
+            pairs = self._plan.update(
+                news.block_ids, news.num_tokens, complete=bool(news.first_tokens)
+            )
+        except TransferError as error:
+            self.lose(str(error))
+            return None
         if not pairs:
             self._finish_if_all_read()
             return None
@@ -116,16 +132,17 @@ class KvImport:
                 self._reader_id,
                 outcome.started_s,
                 outcome.ended_s,
-                len(read.sources) * self._plan.block_tokens,
+                len(read.sources) * self._block_tokens,
             )
         )
         self._num_bytes += outcome.num_bytes
-        if outcome.state is not ReadState.DONE:
+        if self.has_ended:
+            self._end_if_quiet()
+        elif outcome.state is not ReadState.DONE:
             self.lose(f"a read of {len(read.sources)} blocks failed: {outcome.error}")
-        elif self.state is ImportState.SUBSCRIBED:
+        else:
             self._plan.read_ended()
             self._finish_if_all_read()
-        self._end_if_quiet()
 
     def take_verdict(self, held: bool) -> None:
         """Take the owner's decision."""

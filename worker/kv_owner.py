@@ -1,7 +1,7 @@
 """The owner's end of KV sessions: tell readers what they may read, judge their confirmations.
 
-The engine thread grants and publishes leases; this end, on the io loop, forwards what has grown to the one
-reader of each lease and answers confirmations at once, in the middle of a step if need be.
+The engine thread grants and publishes leases; this end, on the io loop, forwards what has grown to
+the one reader of each lease and answers confirmations at once, in the middle of a step if need be.
 """
 
 import asyncio
@@ -70,7 +70,7 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
         """Forward what has grown, or that the lease is over. Any thread."""
         self._loop.call_soon_threadsafe(self._forward_to_reader, lease)
 
-    async def ReadLeases(  # noqa: N802 - the name is gRPC's
+    async def ReadLeases(
         self,
         request_iterator: AsyncIterator[kv_pb2.ReadLeasesRequest],
         context: grpc.aio.ServicerContext[kv_pb2.ReadLeasesRequest, kv_pb2.ReadLeasesResponse],

@@ -1,8 +1,10 @@
-"""The reader's end of KV sessions: one link to each owner, shared by all imports from it. Io loop only."""
+"""The reader's end of KV sessions: one link to each owner, shared by all imports from it. Io loop
+only.
+"""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 import grpc
 
@@ -26,7 +28,7 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 class KvReader:
-    """All imports of a worker. `begin` and `abandon` are for any thread, the rest is the io loop's."""
+    """All imports of a worker. `begin` and `abandon` are for any thread."""
 
     def __init__(
         self,
@@ -61,7 +63,13 @@ class KvReader:
             targets=list(targets),
             num_cached_blocks=num_cached,
         )
-        started = KvImport(key, plan, self._listener, self._identity.worker_id)
+        started = KvImport(
+            key,
+            plan,
+            self._listener,
+            reader_id=self._identity.worker_id,
+            block_tokens=self._identity.block_tokens,
+        )
         self._loop.call_soon_threadsafe(self._begin, started, owner)
 
     def abandon(self, key: AttemptKey) -> None:
@@ -72,10 +80,11 @@ class KvReader:
         for link in list(self._links.values()):
             await link.close("this worker is stopping")
 
-    def drop_owner(self, owner: str) -> None:
-        """Membership says that this incarnation is gone: fail what was its, at once."""
-        if link := self._links.get(owner):
-            link.fail(f"{owner} left the deployment")
+    def drop_absent(self, live_names: Collection[str]) -> None:
+        """Membership says which incarnations live: fail at once what was read from others."""
+        for name, link in list(self._links.items()):
+            if name not in live_names:
+                link.fail(f"{name} left the deployment")
 
     def _begin(self, started: KvImport, owner: Peer) -> None:
         link = self._links.get(owner.name)
@@ -141,9 +150,7 @@ class OwnerLink:
 
     def add(self, started: KvImport) -> None:
         self._imports[started.key] = started
-        subscribe = kv_pb2.Subscribe(
-            request_id=started.key.request_id, attempt=started.key.attempt
-        )
+        subscribe = kv_pb2.Subscribe(request_id=started.key.request_id, attempt=started.key.attempt)
         self._outgoing.send(kv_pb2.ReadLeasesRequest(subscribe=subscribe))
 
     def abandon(self, key: AttemptKey) -> None:
@@ -177,6 +184,7 @@ class OwnerLink:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
+        reason = "the session's task failed; the log has the cause"
         try:
             async with grpc.aio.insecure_channel(self.owner.address) as channel:
                 await asyncio.wait_for(channel.channel_ready(), CONNECT_TIMEOUT_S)
@@ -188,7 +196,8 @@ class OwnerLink:
             reason = f"the session broke: {error.code().name} {error.details()}"
         except PacelineError as error:
             reason = str(error)
-        self._loop.call_soon(self.fail, reason)
+        finally:
+            self._loop.call_soon(self.fail, reason)
 
     async def _converse(self, stub: "kv_pb2_grpc.KvServiceAsyncStub") -> None:
         heartbeats = asyncio.create_task(self._send_heartbeats())

@@ -11,8 +11,8 @@ Message = TypeVar("Message")
 class Outgoing(Generic[Message]):
     """Messages on their way out of one stream, in the order of `send`.
 
-    Made on the io loop. `send` and `close` may be called on any thread and never block; the io loop is
-    woken once for any number of messages that wait.
+    Made on the io loop. `send` and `close` may be called on any thread and never block; the io loop
+    is woken once for any number of messages that wait.
     """
 
     def __init__(self) -> None:

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from paceline.failpoints import Failpoints
 from paceline.internal.v1 import worker_pb2 as wire_messages
 from paceline.internal.v1 import worker_pb2_grpc
-from paceline.failpoints import Failpoints
 from paceline.request import AttemptKey
 from paceline.wire import work_from_proto
 from paceline.worker.core import Core, Peer
@@ -19,7 +19,9 @@ from paceline.worker.router_sessions import RouterSessions, load_message
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
-    """Implements `WorkerService`. Lives on the io loop; the core is only touched through the mailbox."""
+    """Implements `WorkerService`. Lives on the io loop; the core is only touched through the
+    mailbox.
+    """
 
     def __init__(
         self,
@@ -36,7 +38,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._failpoints = failpoints
         self._numbers = itertools.count()
 
-    async def Session(  # noqa: N802 - the name is gRPC's
+    async def Session(
         self,
         request_iterator: AsyncIterator[wire_messages.SessionRequest],
         context: grpc.aio.ServicerContext[

@@ -14,13 +14,13 @@ class WorkerSettings(BaseModel):
     )
     resources: dict[str, float] = Field(
         default_factory=dict,
-        description="Ray resources that one worker reserves, such as {CPU: 1}; empty reserves none, so "
-        "that a small machine can hold every process.",
+        description="Ray resources that one worker reserves, such as {CPU: 1}; none by default, "
+        "so that a small machine can hold every process.",
     )
     num_threads: int | None = Field(
         default=None,
         ge=1,
-        description="Threads of torch on CPUs. Default: the machine's cores (Ray alone would say 1).",
+        description="Threads of torch on CPUs. Default: the machine's cores.",
     )
     num_kv_blocks: int | None = Field(
         default=None,
@@ -30,8 +30,8 @@ class WorkerSettings(BaseModel):
     kv_cache_bytes: int = Field(
         default=1 << 30,
         ge=1,
-        description="Bytes of a worker's KV pool when num_kv_blocks is not given; 1 GiB leaves room for "
-        "several processes on a small machine.",
+        description="Bytes of a worker's KV pool when num_kv_blocks is not given; 1 GiB leaves room "
+        "for several processes on a small machine.",
     )
     max_num_seqs: int = Field(
         default=64, ge=1, le=4096, description="Sequences that run at once on one worker."
@@ -39,8 +39,8 @@ class WorkerSettings(BaseModel):
     max_num_batched_tokens: int = Field(
         default=512,
         ge=16,
-        description="New tokens a step: a longer prompt is computed in chunks of this many, so that a "
-        "step stays short for the requests beside it.",
+        description="New tokens a step: a longer prompt is computed in chunks of this many, so "
+        "that a step stays short for the requests beside it.",
     )
     progress_timeout_s: float = Field(
         default=60.0,

@@ -1,7 +1,7 @@
 """The engine thread: drain the mailbox, plan, launch, apply, for ever.
 
-With `overlap`, step n + 1 is planned and launched while step n runs, and its results are applied one round
-later; without, each step is applied before the next is planned. Output is the same.
+With `overlap`, step n + 1 is planned and launched while step n runs, and its results are applied
+one round later; without, each step is applied before the next is planned. Output is the same.
 """
 
 import gc
@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class StepLoop:
-    """Owns the engine thread. A failure in it ends the worker: `on_failure` is called with the cause."""
+    """Owns the engine thread. A failure in it ends the worker: `on_failure` is called with the
+    cause.
+    """
 
     def __init__(
         self,
@@ -53,7 +55,9 @@ class StepLoop:
         self._mailbox.wake()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            raise TimeoutError(f"the engine thread still runs {timeout_s} s after it was told to stop")
+            raise TimeoutError(
+                f"the engine thread still runs {timeout_s} s after it was told to stop"
+            )
 
     def _run(self) -> None:
         gc.freeze()

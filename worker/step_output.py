@@ -15,13 +15,13 @@ EMPTY = np.empty(0, dtype=np.uint32)
 class StepOutput:
     """New tokens of the requests of one router."""
 
-    stream_ids: Uint32Array = field(default=EMPTY)
+    stream_ids: Uint32Array = field(default_factory=lambda: EMPTY)
     """[N] which (attempt, choice)"""
-    indices: Uint32Array = field(default=EMPTY)
+    indices: Uint32Array = field(default_factory=lambda: EMPTY)
     """[N] output index"""
-    token_ids: Uint32Array = field(default=EMPTY)
+    token_ids: Uint32Array = field(default_factory=lambda: EMPTY)
     """[N]"""
-    finished_stream_ids: Uint32Array = field(default=EMPTY)
+    finished_stream_ids: Uint32Array = field(default_factory=lambda: EMPTY)
     """[F] choices that ended with their token in this output"""
     finish_reasons: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
     """[F] FinishReason values"""

@@ -1,8 +1,9 @@
-"""Named places where tests inject faults: `PACELINE_FAILPOINT=name:action@n`, several separated by commas.
+"""Named places where tests inject faults: `PACELINE_FAILPOINT=name:action@n`, several separated by
+commas.
 
-The action happens at the n-th hit of the name in this process (n from 1, default 1). Actions: `kill` ends
-the process by SIGKILL, `kill=PID` another one, `stop` halts the process by SIGSTOP, `delay=SECONDS`
-sleeps. Without the variable a hit costs one look at an empty dict.
+The action happens at the n-th hit of the name in this process (n from 1, default 1). Actions:
+`kill` ends the process by SIGKILL, `kill=PID` another one, `stop` halts the process by SIGSTOP,
+`delay=SECONDS` sleeps. Without the variable a hit costs one look at an empty dict.
 """
 
 import os
@@ -28,11 +29,16 @@ class Failpoints:
 
     def __init__(self, specification: str = "") -> None:
         self._lock = threading.Lock()
-        self._armed = dict(_parse(specification))
+        self._armed: dict[str, _Armed] = {}
+        self.arm(specification)
 
     @classmethod
     def from_environment(cls) -> "Failpoints":
         return cls(os.environ.get(VARIABLE, ""))
+
+    def arm(self, specification: str) -> None:
+        """Replace what is armed. Raises ConfigError for a specification that cannot be read."""
+        self._armed = dict(_parse(specification))
 
     def hit(self, name: str) -> None:
         """Do what is armed for this name, if anything."""

@@ -1,9 +1,10 @@
-"""Where a token's KV lies in a pool: shared by the engine, which writes it, and KV transfer, which moves it.
+"""Where a token's KV lies in a pool: shared by the engine, which writes it, and KV transfer, which
+moves it.
 
-A pool is a number of blocks; a block holds the KV of `block_tokens` consecutive tokens of one sequence,
-for every layer of a group. Groups exist because layers may differ (a sliding window keeps fewer blocks);
-planes exist because a block may have parts of different dtype (quantised values and their scales).
-Today there is one group with one plane, in the order
+A pool is a number of blocks; a block holds the KV of `block_tokens` consecutive tokens of one
+sequence, for every layer of a group. Groups exist because layers may differ (a sliding window keeps
+fewer blocks); planes exist because a block may have parts of different dtype (quantised values and
+their scales). Today there is one group with one plane, in the order
 
     [block][layer][kv_head][k|v][token][head_dim]
 
@@ -38,7 +39,8 @@ class KvGroup:
     layers: tuple[int, ...]
     planes: tuple[Plane, ...]
     window: int | None = None
-    """Tokens that attention looks back; None: all. Blocks behind it are kept all the same, today."""
+    """Tokens that attention looks back; None: all. Blocks behind it are kept all the same, today.
+    """
 
     @property
     def block_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""What a request is to every process: the work sent to workers, how it ends, where its time went."""
+"""A request as every process knows it: work for workers, how it ends, where its time went."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -39,7 +39,7 @@ class FailureReason(Enum):
 
 
 class AttemptKey(NamedTuple):
-    """One dispatch of a request. Attempts only grow; messages of older ones are dropped everywhere."""
+    """One dispatch of a request. Attempts grow; messages of older ones are dropped everywhere."""
 
     request_id: str
     attempt: int
@@ -47,7 +47,8 @@ class AttemptKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """What a worker must know to compute a request's next tokens, whoever computed the earlier ones.
+    """What a worker must know to compute a request's next tokens, whoever computed the earlier
+    ones.
 
     One attempt covers all choices of a new request, or, after their first token, one choice alone.
     """

@@ -16,8 +16,9 @@ MAX_LOGIT_BIAS = 1024
 class SamplingParams:
     """Sampling parameters of one request, the same for all its choices.
 
-    The next token is a function of (prompt, output so far, these parameters, seed, choice, index), so
-    any worker can continue any request. `seed` is drawn by the router when the client gives none.
+    The next token is a function of (prompt, output so far, these parameters, seed, choice, index),
+    so any worker can continue any request. `seed` is drawn by the router when the client gives
+    none.
     """
 
     max_tokens: int | None = None
@@ -43,7 +44,9 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, added to its logit) pairs, applied before everything else."""
     logprobs: int | None = None
-    """Report the log-probability of each token and of this many most likely ones; None reports none."""
+    """Report the log-probability of each token and of this many most likely ones; None reports
+    none.
+    """
     ignore_eos: bool = False
     """Go on after the model's end-of-sequence token."""
     min_tokens: int = 0
@@ -73,7 +76,8 @@ class SamplingParams:
             yield FieldViolation("top_p", f"must be over 0 and at most 1, got {self.top_p}")
         if not 0.0 < self.repetition_penalty <= 100.0:
             yield FieldViolation(
-                "repetition_penalty", f"must be over 0 and at most 100, got {self.repetition_penalty}"
+                "repetition_penalty",
+                f"must be over 0 and at most 100, got {self.repetition_penalty}",
             )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             yield FieldViolation(

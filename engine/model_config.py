@@ -1,0 +1,321 @@
+"""What a model's config.json says, reduced to what the engine implements.
+
+Every key either is used, is known to change no output, or is refused by name: a model that would be
+computed wrongly is never served.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paceline.engine.rope import RopeConfig, read_rope
+from paceline.errors import ConfigError, UnsupportedModelError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What the architecture itself decides, without a key in config.json."""
+
+    qkv_bias: bool | None
+    """None: the key attention_bias says."""
+    o_bias: bool | None
+    qk_norm: bool
+    window_by_layer: bool
+    """use_sliding_window, max_window_layers and layer_types choose the layers with a window."""
+    window: int | None
+    """Window of all layers when the key sliding_window is absent."""
+    has_mlp_bias: bool
+    head_dim: int | None
+    """When the key is absent; None: hidden_size / num_attention_heads."""
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(None, None, False, False, None, True, None),
+    "MistralForCausalLM": Architecture(False, False, False, False, 4096, False, None),
+    "Qwen2ForCausalLM": Architecture(True, False, False, True, None, False, None),
+    "Qwen3ForCausalLM": Architecture(None, None, True, True, None, False, 128),
+}
+MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+# Keys that describe training, the file, the tokenizer or the library, and change no output.
+HARMLESS = {
+    "_attn_implementation",
+    "_name_or_path",
+    "attention_dropout",
+    "attn_implementation",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "embd_pdrop",
+    "gradient_checkpointing",
+    "hidden_dropout",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "is_llama_config",
+    "label2id",
+    "mlp_dropout",
+    "model_type",
+    "name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "problem_type",
+    "resid_pdrop",
+    "return_dict",
+    "sep_token_id",
+    "tokenizer_class",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+}
+# Keys that change output unless they have this value.
+ONLY = {
+    "add_cross_attention": False,
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "use_mrope": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder of the Llama family."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
+    """Of each layer: tokens that attention sees, the token itself included; None: all."""
+    dtype: str
+    """Precision that the folder names; float32 if it names none."""
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end a sequence, from generation_config.json if there is one."""
+
+
+class _Keys:
+    """The keys of a config.json; remembers which were read."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self._values = {key: value for key, value in values.items() if value is not None}
+        self._read: set[str] = set()
+        self.source = source
+
+    def get(self, key: str, default: Any) -> Any:
+        self._read.add(key)
+        return self._values.get(key, default)
+
+    def number(self, key: str, default: int | None = None) -> int:
+        value = self.get(key, default)
+        if value is None:
+            raise ConfigError(
+                f"{self.source} has no {key}, without which the model's shape is unknown. "
+                "Set model.path to a folder with a complete config.json."
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"{self.source} says {key} = {value!r}, and it must be a whole number of at least 1. "
+                "Correct the file."
+            )
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        return bool(self.get(key, default))
+
+    def unread(self) -> list[str]:
+        return sorted(set(self._values) - self._read - HARMLESS)
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """Read config.json and generation_config.json of a model's folder.
+
+    Raises UnsupportedModelError naming the architecture or key that is not implemented, ConfigError if a
+    file is missing or wrong.
+    """
+    values = _read_json(folder / "config.json")
+    generation_path = folder / "generation_config.json"
+    generation = _read_json(generation_path) if generation_path.exists() else {}
+    return parse_model_config(values, generation, str(folder / "config.json"))
+
+
+def parse_model_config(
+    values: Mapping[str, Any], generation: Mapping[str, Any], source: str
+) -> ModelConfig:
+    """Turn the keys of config.json into a ModelConfig; `source` names them in errors."""
+    keys = _Keys(values, source)
+    name, architecture = _architecture(keys)
+    for key, value in ONLY.items():
+        if keys.get(key, value) != value:
+            raise UnsupportedModelError(
+                f"{source} sets {key} to {keys.get(key, value)!r}, and only {value!r} is implemented. "
+                "Choose another model."
+            )
+    hidden_size = keys.number("hidden_size")
+    num_heads = keys.number("num_attention_heads")
+    num_layers = keys.number("num_hidden_layers")
+    max_position = keys.number("max_position_embeddings")
+    num_kv_heads = keys.number(
+        "num_key_value_heads", num_heads if name == "LlamaForCausalLM" else None
+    )
+    if num_heads % num_kv_heads:
+        raise ConfigError(
+            f"{source} has {num_heads} attention heads and {num_kv_heads} key-value heads: the second "
+            "must divide the first. Correct the file."
+        )
+    biased = keys.flag("attention_bias", False) if architecture.qkv_bias is None else False
+    vocab_size = keys.number("vocab_size")
+    config = ModelConfig(
+        architecture=name,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=keys.number("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=keys.number("head_dim", architecture.head_dim or hidden_size // num_heads),
+        rms_norm_eps=float(keys.get("rms_norm_eps", 1e-6)),
+        rope=_rope(keys, max_position),
+        max_position_embeddings=max_position,
+        tie_word_embeddings=keys.flag("tie_word_embeddings", False),
+        qkv_bias=biased if architecture.qkv_bias is None else architecture.qkv_bias,
+        o_bias=biased if architecture.o_bias is None else architecture.o_bias,
+        mlp_bias=keys.flag("mlp_bias", False) if architecture.has_mlp_bias else False,
+        qk_norm=architecture.qk_norm,
+        windows=_windows(keys, architecture, num_layers),
+        dtype=_dtype(keys),
+        eos_token_ids=_eos(keys, generation, vocab_size),
+    )
+    unread = keys.unread()
+    if unread:
+        raise UnsupportedModelError(
+            f"{source} has {', '.join(unread)}, which this version does not implement for {name}: "
+            "ignoring it could change the model's output. Choose another model, or remove the key if "
+            "it is known to change nothing."
+        )
+    if config.head_dim % 2:
+        raise UnsupportedModelError(
+            f"{source} has a head_dim of {config.head_dim}; rotary embeddings need an even one. "
+            "Choose another model."
+        )
+    return config
+
+
+def _architecture(keys: _Keys) -> tuple[str, Architecture]:
+    names = keys.get("architectures", [MODEL_TYPES.get(str(keys.get("model_type", "")), "")])
+    for name in names if isinstance(names, list) else [names]:
+        if name in ARCHITECTURES:
+            return name, ARCHITECTURES[name]
+    found = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
+    raise UnsupportedModelError(
+        f"{keys.source} names the architecture {found or '(none)'}, which is not implemented. "
+        f"Choose a model with one of: {', '.join(ARCHITECTURES)}."
+    )
+
+
+def _rope(keys: _Keys, max_position: int) -> RopeConfig:
+    """The newer rope_parameters holds all; the older form is rope_theta beside rope_scaling."""
+    theta = float(keys.get("rope_theta", 10000.0))
+    newer, older = keys.get("rope_parameters", {}), keys.get("rope_scaling", {})
+    for name, value in (("rope_parameters", newer), ("rope_scaling", older)):
+        if not isinstance(value, dict) or any(isinstance(part, dict) for part in value.values()):
+            raise UnsupportedModelError(
+                f"{keys.source} has {name} = {value!r}: parameters by kind of layer are not "
+                "implemented. Choose another model."
+            )
+    return read_rope(newer or older, theta, max_position)
+
+
+def _windows(
+    keys: _Keys, architecture: Architecture, num_layers: int
+) -> tuple[int | None, ...]:
+    if not architecture.window_by_layer:
+        # A key that is present and null means no window, and absent the architecture's own.
+        if architecture.window is None:
+            return (None,) * num_layers
+        window = keys.number("sliding_window", architecture.window)
+        return (window,) * num_layers
+    used = keys.flag("use_sliding_window", False)
+    window_or_none = keys.get("sliding_window", 4096) if used else None
+    first = keys.get("max_window_layers", 28)
+    keys.get("sliding_window", None)
+    kinds = keys.get("layer_types", None) or [
+        "sliding_attention" if window_or_none is not None and layer >= first else "full_attention"
+        for layer in range(num_layers)
+    ]
+    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    if unknown or len(kinds) != num_layers:
+        raise UnsupportedModelError(
+            f"{keys.source} has layer_types for {len(kinds)} of {num_layers} layers, of kinds "
+            f"{', '.join(sorted(set(kinds)))}; one is needed for each layer, either full_attention or "
+            "sliding_attention. Choose another model."
+        )
+    return tuple(window_or_none if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _dtype(keys: _Keys) -> str:
+    older = keys.get("torch_dtype", "float32")
+    name = str(keys.get("dtype", older)).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UnsupportedModelError(
+            f"{keys.source} says dtype {name!r}; implemented are {', '.join(DTYPES)}. "
+            "Choose another model."
+        )
+    return name
+
+
+def _eos(keys: _Keys, generation: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    from_config = keys.get("eos_token_id", [])
+    value = generation.get("eos_token_id")
+    value = from_config if value is None else value
+    ids = tuple(int(token) for token in (value if isinstance(value, list) else [value]))
+    wrong = [token for token in ids if not 0 <= token < vocab_size]
+    if wrong:
+        raise ConfigError(
+            f"{keys.source} (or generation_config.json beside it) names the end-of-sequence token "
+            f"{wrong[0]}, and the vocabulary has {vocab_size} tokens. Correct the file."
+        )
+    return ids
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"There is no {path.name} in {path.parent}: not a model's folder in Hugging Face's form. "
+            "Set model.path to a folder that has one, to a .gguf file, or to package:NAME."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as JSON: {error}. Download the model again."
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no JSON object. Download the model again.")
+    return values

@@ -1,0 +1,172 @@
+"""Frequencies of rotary position embeddings, with the ways to stretch them that we implement."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from paceline.errors import UnsupportedModelError
+
+
+class RopeType(Enum):
+    """How frequencies differ from the original ones. The values are those of config.json."""
+
+    DEFAULT = "default"
+    LINEAR = "linear"
+    LLAMA3 = "llama3"
+    YARN = "yarn"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding of a model. Fields that a type does not use keep their defaults."""
+
+    theta: float
+    type: RopeType = RopeType.DEFAULT
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    """Multiplies cos and sin."""
+
+
+_KEYS = {
+    RopeType.DEFAULT: set[str](),
+    RopeType.LINEAR: {"factor"},
+    RopeType.LLAMA3: {
+        "factor",
+        "original_max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
+    },
+    RopeType.YARN: {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
+}
+
+
+def read_rope(values: Mapping[str, object], theta: float, max_position: int) -> RopeConfig:
+    """Read `rope_parameters` (or the older `rope_scaling`) of a config.json.
+
+    Raises UnsupportedModelError for a type or a key that is not implemented, naming it.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    name = given.pop("rope_type", given.pop("type", "default"))
+    given.pop("type", None)
+    try:
+        rope_type = RopeType(name)
+    except ValueError:
+        known = ", ".join(member.value for member in RopeType)
+        raise UnsupportedModelError(
+            f"The model's rope_type is {name!r}, and the types implemented are {known}. "
+            "Choose a model with one of these."
+        ) from None
+    if float(_number(given, "partial_rotary_factor", 1.0)) != 1.0:
+        raise UnsupportedModelError(
+            f"The model sets partial_rotary_factor to {values['partial_rotary_factor']}: rotating a "
+            "part of each head is not implemented. Choose another model."
+        )
+    theta = _number(given, "rope_theta", theta)
+    given.pop("rope_theta", None)
+    given.pop("partial_rotary_factor", None)
+    unknown = sorted(set(given) - _KEYS[rope_type])
+    if unknown:
+        raise UnsupportedModelError(
+            f"The model's rope parameters have {', '.join(unknown)}, which rope_type {name!r} does "
+            "not know here; ignoring them could change its output. Choose another model."
+        )
+    missing = sorted({"factor", "low_freq_factor", "high_freq_factor"} & _KEYS[rope_type] - set(given))
+    if missing:
+        raise UnsupportedModelError(
+            f"The model's rope_type is {name!r}, and its parameters lack {', '.join(missing)}. "
+            "Correct its config.json."
+        )
+    factor = _number(given, "factor", 1.0)
+    return RopeConfig(
+        theta=theta,
+        type=rope_type,
+        factor=factor,
+        original_max_position=int(
+            _number(given, "original_max_position_embeddings", float(max_position))
+        ),
+        low_freq_factor=_number(given, "low_freq_factor", 1.0),
+        high_freq_factor=_number(given, "high_freq_factor", 4.0),
+        beta_fast=_number(given, "beta_fast", 32.0),
+        beta_slow=_number(given, "beta_slow", 1.0),
+        truncate=bool(given.get("truncate", True)),
+        attention_factor=_yarn_attention(given, factor) if rope_type is RopeType.YARN else 1.0,
+    )
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """Return the angle per position of each pair of dimensions, float32 [head_dim / 2]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    plain = 1.0 / (rope.theta**exponents)
+    match rope.type:
+        case RopeType.DEFAULT:
+            return plain
+        case RopeType.LINEAR:
+            return plain / rope.factor
+        case RopeType.LLAMA3:
+            return _llama3(plain, rope)
+        case RopeType.YARN:
+            return _yarn(plain, rope, head_dim)
+
+
+def _llama3(plain: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    """Stretch waves longer than the trained context, keep short ones, blend those between."""
+    turns = rope.original_max_position * plain / (2 * math.pi)
+    share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    share = share.clamp(0.0, 1.0)
+    return share * plain + (1 - share) * plain / rope.factor
+
+
+def _yarn(plain: torch.Tensor, rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """YaRN (arXiv 2309.00071): a ramp over dimensions from kept to stretched frequencies."""
+
+    def dimension_of(turns: float) -> float:
+        span = rope.original_max_position / (turns * 2 * math.pi)
+        return head_dim * math.log(span) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return plain / rope.factor * ramp + plain * (1 - ramp)
+
+
+def _yarn_attention(given: Mapping[str, object], factor: float) -> float:
+    if "attention_factor" in given:
+        return _number(given, "attention_factor", 1.0)
+
+    def scale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return scale(_number(given, "mscale", 1.0)) / scale(_number(given, "mscale_all_dim", 1.0))
+    return scale(1.0)
+
+
+def _number(given: Mapping[str, object], key: str, default: float) -> float:
+    value = given.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UnsupportedModelError(
+            f"The model's rope parameter {key} is {value!r}, not a number. Correct its config.json."
+        )
+    return float(value)

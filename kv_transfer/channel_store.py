@@ -1,0 +1,64 @@
+"""Rendezvous over the KV session: a torch Store of two, whose keys travel as messages.
+
+torch's own stores listen on a port or need a shared file. This one mirrors each `set` to the peer, which
+is all that a process group of two needs.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from paceline.errors import TransportError
+
+
+class ChannelStore(dist.Store):
+    """One end of the rendezvous for one communicator. Callable on any thread."""
+
+    def __init__(self, send: Callable[[str, bytes], None], timeout_s: float) -> None:
+        super().__init__()
+        self._send = send
+        self._timeout_s = timeout_s
+        self._values: dict[str, bytes] = {}
+        self._changed = threading.Condition()
+        self._closed: str | None = None
+
+    # torch's stubs of Store name fewer types than its bindings pass.
+    def set(self, key: str, value: str | bytes) -> None:
+        encoded = value.encode() if isinstance(value, str) else bytes(value)
+        self.receive(key, encoded)
+        self._send(key, encoded)
+
+    def get(self, key: str) -> bytes:
+        self._wait([key], self._timeout_s)
+        return self._values[key]
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+        self._wait(keys, self._timeout_s if timeout is None else timeout.total_seconds())
+
+    def receive(self, key: str, value: bytes) -> None:
+        """Take a key that the peer has set."""
+        with self._changed:
+            self._values[key] = value
+            self._changed.notify_all()
+
+    def close(self, reason: str) -> None:
+        """Make every wait, present and future, raise TransportError with this reason."""
+        with self._changed:
+            self._closed = self._closed or reason
+            self._changed.notify_all()
+
+    def _wait(self, keys: Sequence[str], timeout_s: float) -> None:
+        with self._changed:
+            complete = self._changed.wait_for(
+                lambda: self._closed is not None or all(key in self._values for key in keys),
+                timeout_s,
+            )
+            if self._closed is not None:
+                raise TransportError(self._closed)
+            if not complete:
+                missing = [key for key in keys if key not in self._values]
+                raise TransportError(
+                    f"the peer did not send {missing} for the rendezvous within {timeout_s:.3f} s"
+                )

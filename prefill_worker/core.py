@@ -1,0 +1,226 @@
+"""What a prefill worker does in its engine thread: compute prompts, lease their KV as it becomes
+final.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from paceline.engine.step_plan import StepPlan, StepResult
+from paceline.failpoints import Failpoints
+from paceline.kv_transfer.lease import FirstToken, Lease, LeaseTable, Progress
+from paceline.prefill_worker.outcomes import PrefillDone, Refused
+from paceline.prefill_worker.scheduler import PrefillScheduler
+from paceline.request import AttemptKey, FailureReason, Span, Work
+from paceline.worker.core import LoadReport, Peer, RouterPort
+from paceline.worker.step_output import StepOutput
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Attempt:
+    """From acceptance until the lease is over."""
+
+    session: int
+    work: Work
+    lease: Lease
+
+
+class PrefillCore:
+    """Implements `paceline.worker.core.Core`.
+
+    An attempt's blocks are referenced by the scheduler while it computes and pinned by the lease
+    until the reader's confirmation, so they outlive the computation for as long as somebody may
+    read them.
+    """
+
+    def __init__(
+        self,
+        scheduler: PrefillScheduler[int],
+        leases: LeaseTable,
+        routers: RouterPort,
+        failpoints: Failpoints,
+        *,
+        worker_id: str,
+        unix_offset_s: float,
+    ) -> None:
+        self._scheduler = scheduler
+        self._leases = leases
+        self._routers = routers
+        self._failpoints = failpoints
+        self._worker_id = worker_id
+        self._unix_offset_s = unix_offset_s
+        self._attempts: dict[AttemptKey, _Attempt] = {}
+        self._draining = False
+        self.notify_changed: Callable[[Lease], None] = lambda lease: None
+        """Set before the first dispatch: tells the io thread that a lease has grown or is over."""
+
+    def dispatch(self, session: int, work: Work, peer: Peer | None, now: float) -> None:
+        if peer is None or self._draining:
+            why = "this worker is draining" if self._draining else "prefill needs a reader"
+            self._answer(session, work, admitted=False, message=why)
+            return
+        accepted = self._scheduler.add(work, session, now)
+        if isinstance(accepted, Refused):
+            self._answer(session, work, admitted=False, message=accepted.message)
+            return
+        lease = self._leases.grant(work.key, peer.name, now)
+        self._leases.extend(lease, accepted.block_ids)
+        self._attempts[work.key] = _Attempt(session, work, lease)
+        if accepted.cached_tokens:
+            self._leases.publish(lease, Progress(accepted.cached_tokens, None))
+        self.notify_changed(lease)
+        self._answer(session, work, admitted=True, cached_tokens=accepted.cached_tokens)
+
+    def cancel(self, session: int, key: AttemptKey, choices: tuple[int, ...], now: float) -> None:
+        attempt = self._attempts.get(key)
+        if attempt is None:
+            return
+        if choices and not set(choices).issuperset(attempt.work.choices):
+            if self._scheduler.cancel(key, choices):
+                self._end(key, "every choice was cancelled", now)
+            return
+        self._end(key, "the router cancelled the attempt", now)
+
+    def end_session(self, session: int, now: float) -> None:
+        for key, attempt in list(self._attempts.items()):
+            if attempt.session == session:
+                self._end(key, "the router is gone", now)
+
+    def drain(self, now: float) -> None:
+        self._draining = True
+
+    def reader_lost(self, reader: str, now: float) -> None:
+        """A reader's KV session has ended: what it had not confirmed is lost."""
+        for lease in self._leases.revoke_reader(reader, "the reader's session ended", now):
+            self._fail(lease, now)
+
+    def released(self, key: AttemptKey, now: float) -> None:
+        """The reader gave a lease back unused."""
+        self._end(key, "the reader released it", now)
+
+    def tick(self, now: float) -> None:
+        for lease in self._leases.settle():
+            self._attempts.pop(lease.key, None)
+        for lease in self._leases.expire(now):
+            self._fail(lease, now)
+
+    def plan(self, now: float) -> StepPlan | None:
+        return self._scheduler.plan(now)
+
+    def apply(self, result: StepResult, now: float) -> None:
+        step = self._scheduler.apply(result, now)
+        for progress in step.progressed:
+            self._failpoints.hit("chunk")
+            lease = self._attempts[progress.key].lease
+            self._leases.publish(lease, Progress(progress.num_tokens, None))
+            self.notify_changed(lease)
+        for session in {done.session for done in step.completed}:
+            completed = [done for done in step.completed if done.session == session]
+            self._routers.send_output(session, first_tokens_output(completed))
+        for done in step.completed:
+            self._complete(done, now)
+
+    def load(self, session: int, num_sessions: int) -> LoadReport:
+        load = self._scheduler.load()
+        share = max(num_sessions, 1)
+        return LoadReport(
+            credit_blocks=0 if self._draining else load.credit_blocks // share,
+            credit_requests=0 if self._draining else -(-load.credit_sequences // share),
+            num_running=load.num_running,
+            num_pending_tokens=load.num_pending_tokens,
+            num_free_blocks=load.credit_blocks,
+            draining=self._draining,
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._attempts and not self._scheduler.has_work
+
+    def check_integrity(self) -> None:
+        self._scheduler.check_integrity()
+        self._leases.check_integrity()
+
+    def _complete(self, done: PrefillDone[int], now: float) -> None:
+        """Publish a context that is whole; from here on only the lease keeps its blocks."""
+        self._failpoints.hit("chunk")
+        attempt = self._attempts[done.key]
+        first_tokens = tuple(
+            FirstToken(sample.choice, sample.token_id, sample.finish_reason is not None)
+            for sample in done.first_samples
+        )
+        if all(token.finished for token in first_tokens):
+            # Nothing is left for the decode worker to do.
+            self._leases.revoke(attempt.lease, "every choice ended with its first token", now)
+            del self._attempts[done.key]
+        else:
+            self._leases.publish(attempt.lease, Progress(done.num_tokens, first_tokens))
+        self._scheduler.release(done.key)
+        self.notify_changed(attempt.lease)
+        self._failpoints.hit("published")
+        spans = [
+            Span(
+                "prefill",
+                self._worker_id,
+                chunk.planned_s + self._unix_offset_s,
+                chunk.applied_s + self._unix_offset_s,
+                chunk.num_tokens,
+            )
+            for chunk in done.chunk_times
+        ]
+        self._routers.send_phase(done.session, done.key, spans, 0, "")
+
+    def _fail(self, lease: Lease, now: float) -> None:
+        """A lease was lost. While the prompt is still computed, the router has to hear of it."""
+        attempt = self._attempts.pop(lease.key, None)
+        if attempt is None:
+            return
+        self.notify_changed(lease)
+        if self._scheduler.cancel(lease.key):
+            self._routers.send_failure(
+                attempt.session, attempt.work.stream_ids, FailureReason.LEASE_LOST, lease.reason
+            )
+
+    def _end(self, key: AttemptKey, reason: str, now: float) -> None:
+        """Nobody wants the attempt any more."""
+        attempt = self._attempts.pop(key, None)
+        if attempt is None:
+            return
+        self._scheduler.cancel(key)
+        self._leases.revoke(attempt.lease, reason, now)
+        self.notify_changed(attempt.lease)
+
+    def _answer(
+        self,
+        session: int,
+        work: Work,
+        *,
+        admitted: bool,
+        message: str = "",
+        cached_tokens: int = 0,
+    ) -> None:
+        self._routers.send_admission(
+            session, work.key, admitted=admitted, message=message, cached_tokens=cached_tokens
+        )
+
+
+def first_tokens_output(completed: list[PrefillDone[int]]) -> StepOutput:
+    """Put the first tokens of prompts of one router into columns."""
+    samples = [sample for done in completed for sample in done.first_samples]
+    finished = [
+        (sample.stream_id, sample.finish_reason.value)
+        for sample in samples
+        if sample.finish_reason is not None
+    ]
+    return StepOutput(
+        stream_ids=np.array([sample.stream_id for sample in samples], dtype=np.uint32),
+        indices=np.array([sample.index for sample in samples], dtype=np.uint32),
+        token_ids=np.array([sample.token_id for sample in samples], dtype=np.uint32),
+        finished_stream_ids=np.array([stream for stream, _ in finished], dtype=np.uint32),
+        finish_reasons=np.array([reason for _, reason in finished], dtype=np.uint8),
+        logprobs={
+            position: sample.logprobs
+            for position, sample in enumerate(samples)
+            if sample.logprobs is not None
+        },
+    )

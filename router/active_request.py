@@ -1,0 +1,74 @@
+"""A request between its arrival and its end: journal, attempts, and what it has been through. Pure."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from paceline.errors import PacelineError
+from paceline.request import AttemptKey, PhaseTimes, Span
+from paceline.router.attempt import Attempt
+from paceline.router.journal import RequestJournal
+
+
+def _nobody() -> None:
+    pass
+
+
+@dataclass(slots=True, eq=False)
+class WaitingWork:
+    """Choices of a request that wait for a pair of workers."""
+
+    request: "ActiveRequest"
+    choices: tuple[int, ...]
+    preempted: bool = False
+    is_resumption: bool = False
+    """Whether its dispatch counts as going on elsewhere: it ran before and was not merely refused."""
+
+
+@dataclass(slots=True, eq=False)
+class ActiveRequest:
+    """State of one request; changed by the Dispatcher only."""
+
+    request_id: str
+    """The client's name for it."""
+    wire_id: str
+    """Its name at the workers: unique over all routers and their incarnations."""
+    journal: RequestJournal
+    arrived_s: float
+    """Seconds by the router's clock, as all times here but those of `spans`."""
+    listener: Callable[[], None] = field(default=_nobody)
+    """Called when there is output to take, or the request has ended."""
+
+    error: PacelineError | None = field(default=None, init=False)
+    """Why it ended before its last token."""
+    attempts: dict[AttemptKey, Attempt] = field(default_factory=dict, init=False)
+    waiting: list[WaitingWork] = field(default_factory=list, init=False)
+    num_attempts: int = field(default=0, init=False)
+    num_setbacks: int = field(default=0, init=False)
+    """Times that work came back since the last attempt that reached decode."""
+    num_internal_failures: int = field(default=0, init=False)
+    deaths: set[tuple[str, int]] = field(default_factory=set, init=False)
+    """(worker_id, incarnation) of workers that died with its work."""
+    num_resumed: int = field(default=0, init=False)
+    cached_tokens: int | None = field(default=None, init=False)
+    """As the first worker to compute its prompt said."""
+    first_dispatch_s: float | None = field(default=None, init=False)
+    first_token_s: float | None = field(default=None, init=False)
+    last_token_s: float | None = field(default=None, init=False)
+    ended_s: float | None = field(default=None, init=False)
+    spans: list[Span] = field(default_factory=list, init=False)
+    """As workers reported them, Unix seconds by their clocks."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.ended_s is not None
+
+    def phase_times(self) -> PhaseTimes:
+        """Say where its time went, as far as it has come."""
+        dispatched, first, last = self.first_dispatch_s, self.first_token_s, self.last_token_s
+        queue_end = dispatched if dispatched is not None else self.ended_s
+        return PhaseTimes(
+            queue_s=0.0 if queue_end is None else queue_end - self.arrived_s,
+            prefill_s=0.0 if first is None or dispatched is None else first - dispatched,
+            kv_transfer_s=sum(s.end_s - s.start_s for s in self.spans if s.phase == "kv_transfer"),
+            decode_s=0.0 if first is None or last is None else last - first,
+        )

@@ -1,0 +1,76 @@
+"""One dispatch of a request's work to a pair of workers, as a state machine. Pure."""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from paceline.errors import IntegrityError
+from paceline.request import AttemptKey
+
+
+class AttemptState(Enum):
+    """Where a dispatch is in its life."""
+
+    SENT = auto()
+    """Admit, and Prefill if there is a prefill worker, are on their way."""
+    ADMITTED = auto()
+    """The decode worker promised its blocks; the prompt is being computed and moved."""
+    DECODING = auto()
+    """The decode worker has sent a token: the prefill worker is no longer needed."""
+    ENDED = auto()
+    """No choice of it runs any more; its messages are dropped."""
+
+
+class AttemptEvent(Enum):
+    """What can happen to a dispatch."""
+
+    ADMISSION = auto()
+    """The decode worker took it."""
+    DECODE_TOKEN = auto()
+    """A token came from the decode worker."""
+    LAST_CHOICE_GONE = auto()
+    """Every choice has finished, failed or been cancelled."""
+
+
+TRANSITIONS: dict[tuple[AttemptState, AttemptEvent], AttemptState] = {
+    (AttemptState.SENT, AttemptEvent.ADMISSION): AttemptState.ADMITTED,
+    # A refusal, a failure, a cancel, or a first token that is the last one (from the prefill worker).
+    (AttemptState.SENT, AttemptEvent.LAST_CHOICE_GONE): AttemptState.ENDED,
+    (AttemptState.ADMITTED, AttemptEvent.DECODE_TOKEN): AttemptState.DECODING,
+    (AttemptState.ADMITTED, AttemptEvent.LAST_CHOICE_GONE): AttemptState.ENDED,
+    (AttemptState.DECODING, AttemptEvent.LAST_CHOICE_GONE): AttemptState.ENDED,
+}
+"""Every legal move; anything else is a bug, of ours or of a worker."""
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """A dispatch that may still bring tokens."""
+
+    key: AttemptKey
+    prefill_id: str | None
+    """The prefill worker; None: the decode worker computes the prompt."""
+    decode_id: str
+    streams: dict[int, int]
+    """choice -> stream id, of choices that still run"""
+    dispatched_s: float
+    state: AttemptState = field(default=AttemptState.SENT)
+
+    def move(self, event: AttemptEvent) -> None:
+        """Change the state; raises IntegrityError for a move that is not in the table."""
+        state = TRANSITIONS.get((self.state, event))
+        if state is None:
+            raise IntegrityError(
+                f"attempt {self.key.attempt} of {self.key.request_id} is {self.state.name} and cannot "
+                f"take the event {event.name}"
+            )
+        self.state = state
+
+    @property
+    def needs_prefill_worker(self) -> bool:
+        return self.prefill_id is not None and self.state is not AttemptState.DECODING
+
+    def workers(self) -> tuple[str, ...]:
+        """Workers without which the attempt cannot go on."""
+        if self.prefill_id is not None and self.state is not AttemptState.DECODING:
+            return (self.decode_id, self.prefill_id)
+        return (self.decode_id,)

@@ -1,0 +1,421 @@
+"""Decide what happens to every request. Pure: events and the time come in, commands go out.
+
+A request is a set of choices. Each choice is, until it finishes, either waiting (part of one WaitingWork)
+or running (part of one Attempt); `attempt.TRANSITIONS` is the life of an attempt. Events of workers name
+attempts by stream ids or keys; those of ended attempts are unknown here, and so are dropped.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from paceline.errors import InvalidRequestError, PacelineError, RequestFailedError
+from paceline.errors import DeadlineExceededError, FieldViolation
+from paceline.request import AttemptKey, FailureReason, FinishReason, Span, Work
+from paceline.router.active_request import ActiveRequest, WaitingWork
+from paceline.router.attempt import Attempt, AttemptEvent, AttemptState
+from paceline.router.journal import ChoiceJournal, Logprobs
+from paceline.router.placement import Need, Pair, Placement, WorkerLoad, WorkerMember, WorkerView
+from paceline.router.queue import WaitingQueue
+from paceline.router.settings import RouterSettings
+
+logger = logging.getLogger(__name__)
+
+_STREAM_IDS = 2**32
+
+
+class TokenColumns(NamedTuple):
+    """New tokens of one step: element i of the first three belongs to token i."""
+
+    stream_ids: Sequence[int]
+    indices: Sequence[int]
+    token_ids: Sequence[int]
+    finished: Sequence[tuple[int, FinishReason]] = ()
+    """(stream id, why) of choices that ended with their last token here."""
+    logprobs: dict[int, Logprobs] | None = None
+    """By position in the columns."""
+
+
+class WorkerCommands(Protocol):
+    """What the dispatcher tells workers; nothing here may call back into it."""
+
+    def prefill(self, worker_id: str, work: Work, reader: WorkerMember) -> None:
+        """Have a prefill worker compute work and lease its KV to `reader`."""
+
+    def admit(self, worker_id: str, work: Work, source: WorkerMember | None) -> None:
+        """Have a decode worker run work, from KV leased by `source` or from its own prefill."""
+
+    def cancel(self, worker_id: str, key: AttemptKey, choices: tuple[int, ...]) -> None:
+        """Have a worker give up choices of an attempt; all of them if `choices` is empty."""
+
+
+class _Stream(NamedTuple):
+    request: ActiveRequest
+    attempt: Attempt
+    choice: ChoiceJournal
+
+
+class Dispatcher:
+    """The state of all requests of one router."""
+
+    def __init__(self, settings: RouterSettings, commands: WorkerCommands) -> None:
+        self._settings = settings
+        self._commands = commands
+        self.placement = Placement()
+        self.queue: WaitingQueue[WaitingWork] = WaitingQueue(settings.max_queue_requests)
+        self.requests: dict[str, ActiveRequest] = {}
+        """Not yet ended, by wire_id."""
+        self._streams: dict[int, _Stream] = {}
+        self._attempts: dict[AttemptKey, tuple[ActiveRequest, Attempt]] = {}
+        self._last_stream_id = 0
+
+    # Clients.
+
+    def submit(self, request: ActiveRequest, now: float) -> None:
+        """Take a new request; raises QueueFullError, or InvalidRequestError if it fits no pool."""
+        error = self._too_large(request)
+        if error is not None:
+            raise error
+        choices = tuple(range(len(request.journal.choices)))
+        work = WaitingWork(request, choices)
+        self.queue.push_new(work, request.journal.tenant)
+        request.waiting.append(work)
+        self.requests[request.wire_id] = request
+        self.dispatch(now)
+
+    def fail(self, request: ActiveRequest, error: PacelineError, now: float) -> None:
+        """End a request early and free all that it held; does nothing if it has ended."""
+        self._fail(request, error, now)
+        self.dispatch(now)
+
+    def expire(self, request: ActiveRequest, limit: str, now: float) -> None:
+        """End a request whose deadline has passed; `limit` names it."""
+        times = request.phase_times()
+        where = (
+            f"{request.journal.num_output_tokens} tokens were generated"
+            if request.first_dispatch_s is not None
+            else "it was still waiting for a worker"
+        )
+        message = (
+            f"{now - request.arrived_s:.3f} s have passed and {where} (queue {times.queue_s:.3f} s); "
+            f"the limit was {limit}. Allow more time, lower max_tokens, or add workers"
+        )
+        self.fail(request, DeadlineExceededError(message), now)
+
+    # Workers.
+
+    def worker_joined(self, worker: WorkerView, now: float) -> None:
+        self.placement.add(worker)
+        self.dispatch(now)
+
+    def worker_lost(self, worker_id: str, now: float) -> None:
+        """Put back all work that needed this worker."""
+        worker = self.placement.remove(worker_id)
+        if worker is None:
+            return
+        needing = [
+            (request, attempt)
+            for request, attempt in self._attempts.values()
+            if worker_id in attempt.workers()
+        ]
+        for request, attempt in needing:
+            if attempt.state is AttemptState.ENDED:  # its request failed on an earlier round
+                continue
+            request.deaths.add((worker_id, worker.member.incarnation))
+            if len(request.deaths) >= self._settings.max_worker_deaths:
+                self._fail(request, self._too_many_deaths(request), now)
+                continue
+            choices = tuple(attempt.streams)
+            self._drop(request, attempt, choices, skip=worker_id)
+            self._put_back(request, choices, not_before_s=now)
+        self.dispatch(now)
+
+    def load_changed(self, worker_id: str, load: WorkerLoad, now: float) -> None:
+        worker = self.placement.workers.get(worker_id)
+        if worker is not None:
+            worker.update(load)
+            if self.queue:
+                self.dispatch(now)
+
+    def admission(
+        self,
+        worker_id: str,
+        key: AttemptKey,
+        message: str | None,
+        cached_tokens: int,
+        now: float,
+    ) -> None:
+        """Take a worker's answer to a dispatch; `message` is None if it was admitted, else why not."""
+        found = self._attempts.get(key)
+        if found is None:
+            return
+        request, attempt = found
+        if message is not None:
+            self._give_back(
+                request, attempt, tuple(attempt.streams), worker_id, FailureReason.REFUSED, message, now
+            )
+            self.dispatch(now)
+            return
+        if worker_id == attempt.decode_id:
+            attempt.move(AttemptEvent.ADMISSION)
+        computes_prompt = worker_id == (attempt.prefill_id or attempt.decode_id)
+        if computes_prompt and request.cached_tokens is None:
+            request.cached_tokens = min(cached_tokens, len(request.journal.prompt))
+
+    def tokens(self, worker_id: str, columns: TokenColumns, now: float) -> None:
+        """Take the new tokens of a step; tokens of ended attempts are dropped."""
+        streams = self._streams
+        logprobs = columns.logprobs
+        touched: dict[ActiveRequest, None] = {}
+        stopped: list[_Stream] = []
+        position = -1
+        for stream_id, index, token_id in zip(
+            columns.stream_ids, columns.indices, columns.token_ids, strict=True
+        ):
+            position += 1
+            stream = streams.get(stream_id)
+            if stream is None:
+                continue
+            request, attempt, choice = stream
+            if worker_id == attempt.decode_id and attempt.state is not AttemptState.DECODING:
+                attempt.move(AttemptEvent.DECODE_TOKEN)
+                request.num_setbacks = 0
+            extra = None if logprobs is None else logprobs.get(position)
+            if choice.add(index, token_id, extra):
+                stopped.append(stream)
+            touched[request] = None
+        for stream_id, reason in columns.finished:
+            stream = streams.get(stream_id)
+            if stream is not None:
+                stream.choice.end(reason)
+                self._drop_finished(stream, skip=worker_id)
+                touched[stream.request] = None
+        for stream in stopped:
+            self._drop_finished(stream, skip=None)
+        for request in touched:
+            if request.first_token_s is None:
+                request.first_token_s = now
+            request.last_token_s = now
+            if not request.attempts and not request.waiting and request.journal.is_finished:
+                self._end(request, now)
+            else:
+                request.listener()
+
+    def failure(
+        self,
+        worker_id: str,
+        stream_ids: Sequence[int],
+        reason: FailureReason,
+        message: str,
+        now: float,
+    ) -> None:
+        """Take back choices that a worker cannot go on with."""
+        by_attempt: dict[AttemptKey, list[_Stream]] = {}
+        for stream_id in stream_ids:
+            stream = self._streams.get(stream_id)
+            if stream is not None and worker_id in stream.attempt.workers():
+                by_attempt.setdefault(stream.attempt.key, []).append(stream)
+        for streams in by_attempt.values():
+            request, attempt, _ = streams[0]
+            if attempt.state is AttemptState.ENDED:  # its request failed on an earlier round
+                continue
+            choices = tuple(stream.choice.choice for stream in streams)
+            self._give_back(request, attempt, choices, worker_id, reason, message, now)
+        self.dispatch(now)
+
+    def phase(self, key: AttemptKey, spans: Sequence[Span]) -> None:
+        """Note where an attempt's time went on a worker."""
+        found = self._attempts.get(key)
+        if found is not None:
+            found[0].spans.extend(spans)
+
+    # Time.
+
+    def dispatch(self, now: float) -> None:
+        """Send waiting work as far as the workers have room, in the order of the queue."""
+        while (work := self.queue.head(now)) is not None:
+            request = work.request
+            need = self._need(work)
+            pair = self.placement.find(need)
+            if pair is None:
+                error = None if request.num_attempts else self._too_large(request)
+                if error is None:
+                    return
+                self._fail(request, error, now)
+                continue
+            self.queue.pop(now)
+            request.waiting.remove(work)
+            self.placement.dispatch(pair, need)
+            self._send(work, pair, now)
+
+    def next_timer_s(self, now: float) -> float | None:
+        """Return when `dispatch` should be called though nothing happens; None: never."""
+        return self.queue.next_ready_s(now)
+
+    # How it is done.
+
+    def _fail(self, request: ActiveRequest, error: PacelineError, now: float) -> None:
+        if request.is_done:
+            return
+        request.error = error
+        for attempt in list(request.attempts.values()):
+            self._drop(request, attempt, tuple(attempt.streams), skip=None)
+        for work in request.waiting:
+            self.queue.remove(work, request.journal.tenant)
+        request.waiting.clear()
+        self._end(request, now)
+
+    def _send(self, work: WaitingWork, pair: Pair, now: float) -> None:
+        request = work.request
+        request.num_attempts += 1
+        request.num_resumed += work.is_resumption
+        if request.first_dispatch_s is None:
+            request.first_dispatch_s = now
+        journal = request.journal
+        alone = len(work.choices) == 1
+        # Choices that go on apart have a name of their own at the workers, where a newer attempt of a
+        # request ends the older ones: attempts of their siblings are not older, they are others.
+        name = request.wire_id
+        if len(work.choices) < len(journal.choices):
+            name += "/" + "+".join(map(str, work.choices))
+        key = AttemptKey(name, request.num_attempts)
+        streams = {choice: self._new_stream_id() for choice in work.choices}
+        prefill_id = None if pair.prefill is None else pair.prefill.worker_id
+        attempt = Attempt(key, prefill_id, pair.decode.worker_id, streams, now)
+        request.attempts[key] = attempt
+        self._attempts[key] = (request, attempt)
+        for choice, stream_id in streams.items():
+            self._streams[stream_id] = _Stream(request, attempt, journal.choices[choice])
+        sent = Work(
+            key,
+            work.choices,
+            tuple(streams.values()),
+            journal.prompt,
+            journal.output_ids(work.choices[0]) if alone else journal.prompt[:0],
+            journal.sampling,
+            journal.tenant,
+        )
+        source = None if pair.prefill is None else pair.prefill.member
+        self._commands.admit(pair.decode.worker_id, sent, source)
+        if pair.prefill is not None:
+            self._commands.prefill(pair.prefill.worker_id, sent, pair.decode.member)
+
+    def _give_back(
+        self,
+        request: ActiveRequest,
+        attempt: Attempt,
+        choices: tuple[int, ...],
+        worker_id: str,
+        reason: FailureReason,
+        message: str,
+        now: float,
+    ) -> None:
+        request.num_setbacks += 1
+        level = logging.WARNING if reason is FailureReason.INTERNAL else logging.DEBUG
+        logger.log(
+            level,
+            "work_given_back request_id=%s attempt=%d worker_id=%s reason=%s message=%r",
+            request.request_id,
+            attempt.key.attempt,
+            worker_id,
+            reason.name,
+            message,
+        )
+        if reason is FailureReason.INTERNAL:
+            request.num_internal_failures += 1
+            if request.num_internal_failures >= self._settings.max_internal_failures:
+                error = RequestFailedError(
+                    f"{request.num_internal_failures} attempts ended with an internal error of a "
+                    f"worker, the last on {worker_id}: {message}; router.max_internal_failures is "
+                    f"{self._settings.max_internal_failures}"
+                )
+                self._fail(request, error, now)
+                return
+        self._drop(request, attempt, choices, skip=worker_id)
+        self._put_back(request, choices, not_before_s=now + self._backoff_s(request), reason=reason)
+
+    def _put_back(
+        self,
+        request: ActiveRequest,
+        choices: tuple[int, ...],
+        *,
+        not_before_s: float,
+        reason: FailureReason | None = None,
+    ) -> None:
+        """Queue choices at the head: those without output together, each other one alone."""
+        journal = request.journal
+        together = tuple(choice for choice in choices if not journal.choices[choice].output)
+        alone = [(choice,) for choice in choices if journal.choices[choice].output]
+        for group in [together, *alone] if together else alone:
+            work = WaitingWork(
+                request,
+                group,
+                preempted=reason is FailureReason.PREEMPTED,
+                is_resumption=reason is not FailureReason.REFUSED,
+            )
+            request.waiting.append(work)
+            self.queue.push_resumed(work, request.arrived_s, not_before_s)
+
+    def _drop(
+        self,
+        request: ActiveRequest,
+        attempt: Attempt,
+        choices: tuple[int, ...],
+        *,
+        skip: str | None,
+    ) -> None:
+        """Forget choices of an attempt, and cancel them at its workers but `skip`, which knows."""
+        workers = attempt.workers()
+        for choice in choices:
+            del self._streams[attempt.streams.pop(choice)]
+            request.journal.choices[choice].forget_early()
+        is_over = not attempt.streams
+        if is_over:
+            attempt.move(AttemptEvent.LAST_CHOICE_GONE)
+            del request.attempts[attempt.key]
+            del self._attempts[attempt.key]
+        for worker_id in workers:
+            if worker_id != skip and worker_id in self.placement.workers:
+                self._commands.cancel(worker_id, attempt.key, () if is_over else choices)
+
+    def _drop_finished(self, stream: _Stream, *, skip: str | None) -> None:
+        choice = stream.choice
+        if choice.finish_reason is not None and choice.choice in stream.attempt.streams:
+            self._drop(stream.request, stream.attempt, (choice.choice,), skip=skip)
+
+    def _end(self, request: ActiveRequest, now: float) -> None:
+        request.ended_s = now
+        del self.requests[request.wire_id]
+        request.listener()
+
+    def _need(self, work: WaitingWork) -> Need:
+        journal = work.request.journal
+        num_output = len(journal.choices[work.choices[0]].output)
+        return Need(len(journal.prompt) + num_output, len(work.choices), work.preempted)
+
+    def _backoff_s(self, request: ActiveRequest) -> float:
+        doublings = min(request.num_setbacks - 1, 16)
+        wait_s = self._settings.retry_backoff_s * 2.0**doublings
+        return min(wait_s, self._settings.max_retry_backoff_s)
+
+    def _too_large(self, request: ActiveRequest) -> InvalidRequestError | None:
+        journal = request.journal
+        why = self.placement.why_too_large(
+            len(journal.prompt), len(journal.choices), journal.sampling.max_tokens or 1
+        )
+        return None if why is None else InvalidRequestError(FieldViolation("prompt", why))
+
+    def _too_many_deaths(self, request: ActiveRequest) -> RequestFailedError:
+        names = ", ".join(sorted(worker_id for worker_id, _ in request.deaths))
+        return RequestFailedError(
+            f"{len(request.deaths)} workers died while they worked on this request ({names}), and "
+            f"router.max_worker_deaths is {self._settings.max_worker_deaths}; if the workers' logs show "
+            "that it was not the request's fault, send it again or raise that setting"
+        )
+
+    def _new_stream_id(self) -> int:
+        stream_id = (self._last_stream_id + 1) % _STREAM_IDS
+        while stream_id in self._streams:
+            stream_id = (stream_id + 1) % _STREAM_IDS
+        self._last_stream_id = stream_id
+        return stream_id

@@ -1,0 +1,158 @@
+"""The one place where work waits. Pure: time comes in as an argument.
+
+Two parts. Resumed work (it ran before and lost its worker) stands at the head, ordered by the
+request's first arrival, and is never refused. New work waits in one line per tenant; tenants take
+turns. Whoever is at the head blocks those behind it until it can be placed, so large requests do not
+starve; only work that waits out a backoff lets others pass.
+"""
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from paceline.errors import QueueFullError
+
+T = TypeVar("T", bound=Hashable)
+
+_RATE_WEIGHT = 0.1  # of the newest interval in the running mean: some ten departures are remembered
+_MIN_RETRY_S = 0.1
+_MAX_RETRY_S = 30.0
+
+
+@dataclass(order=True, slots=True)
+class _Resumed(Generic[T]):
+    arrived_s: float
+    order: int
+    not_before_s: float = field(compare=False)
+    item: T = field(compare=False)
+
+
+class WaitingQueue(Generic[T]):
+    """Hold work until it can be placed. `T` is compared by identity or value, as its hash says."""
+
+    def __init__(self, max_new: int) -> None:
+        self._max_new = max_new
+        self._order = itertools.count()
+        self._resumed: list[_Resumed[T]] = []
+        self._lines: dict[str, deque[T]] = {}
+        """Of tenants with new work, in turn order."""
+        self._num_new = 0
+        self._removed: set[T] = set()
+        """Entries of `_resumed` that are to be skipped; taken out of lines at once instead."""
+        self._mean_interval_s: float | None = None
+        self._last_departure_s: float | None = None
+
+    def __len__(self) -> int:
+        return self._num_new + len(self._resumed) - len(self._removed)
+
+    @property
+    def num_new(self) -> int:
+        """Waiting requests that have never run."""
+        return self._num_new
+
+    def check_room(self) -> None:
+        """Raise QueueFullError if no new work may join."""
+        if self._num_new >= self._max_new:
+            retry_s = self.retry_after_s()
+            raise QueueFullError(
+                f"{self._num_new} requests wait and router.max_queue_requests is {self._max_new}; "
+                f"try again in about {retry_s:.1f} s, add workers, or raise that setting",
+                retry_after_s=retry_s,
+            )
+
+    def retry_after_s(self) -> float:
+        """Estimate when a tenth of the queue will have left, from the pace of the last departures."""
+        if self._mean_interval_s is None:
+            return 1.0
+        wanted = max(1, self._num_new // 10)
+        return min(max(wanted * self._mean_interval_s, _MIN_RETRY_S), _MAX_RETRY_S)
+
+    def push_new(self, item: T, tenant: str) -> None:
+        """Append work at the end of its tenant's line; raises QueueFullError at the bound."""
+        self.check_room()
+        self._lines.setdefault(tenant, deque()).append(item)
+        self._num_new += 1
+
+    def push_resumed(self, item: T, arrived_s: float, not_before_s: float) -> None:
+        """Put work back at the head, behind resumed work that arrived earlier."""
+        heapq.heappush(self._resumed, _Resumed(arrived_s, next(self._order), not_before_s, item))
+
+    def remove(self, item: T, tenant: str) -> bool:
+        """Take out work that has been cancelled; say whether it was here."""
+        line = self._lines.get(tenant)
+        if line is not None and item in line:
+            line.remove(item)
+            self._num_new -= 1
+            if not line:
+                del self._lines[tenant]
+            return True
+        if item not in self._removed and any(entry.item == item for entry in self._resumed):
+            self._removed.add(item)
+            self._drop_removed_head()
+            return True
+        return False
+
+    def head(self, now: float) -> T | None:
+        """Look at the work whose turn it is, or None when nothing may go now."""
+        entry = self._resumed_head(now)
+        if entry is not None:
+            return entry.item
+        for line in self._lines.values():
+            return line[0]
+        return None
+
+    def pop(self, now: float) -> T:
+        """Take the work that `head` shows; raises IndexError when there is none."""
+        entry = self._resumed_head(now)
+        if entry is not None:
+            self._resumed.remove(entry)
+            heapq.heapify(self._resumed)
+            self._drop_removed_head()
+            return entry.item
+        for tenant, line in self._lines.items():
+            item = line.popleft()
+            del self._lines[tenant]
+            if line:
+                self._lines[tenant] = line  # to the end of the turns
+            self._num_new -= 1
+            self._note_departure(now)
+            return item
+        raise IndexError("nothing may leave the queue now")
+
+    def next_ready_s(self, now: float) -> float | None:
+        """Return when the next backoff ends; None when none runs."""
+        later = [
+            entry.not_before_s
+            for entry in self._resumed
+            if entry.not_before_s > now and entry.item not in self._removed
+        ]
+        return min(later, default=None)
+
+    def _resumed_head(self, now: float) -> _Resumed[T] | None:
+        if not self._resumed:
+            return None
+        first = self._resumed[0]
+        if first.not_before_s <= now:
+            return first
+        ready = [
+            entry
+            for entry in self._resumed
+            if entry.not_before_s <= now and entry.item not in self._removed
+        ]
+        return min(ready, default=None)
+
+    def _drop_removed_head(self) -> None:
+        while self._resumed and self._resumed[0].item in self._removed:
+            self._removed.discard(heapq.heappop(self._resumed).item)
+
+    def _note_departure(self, now: float) -> None:
+        if self._last_departure_s is not None:
+            interval = now - self._last_departure_s
+            mean = self._mean_interval_s
+            self._mean_interval_s = (
+                interval if mean is None else mean + _RATE_WEIGHT * (interval - mean)
+            )
+        self._last_departure_s = now

@@ -1,0 +1,87 @@
+"""Settings of the routers."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RouterSettings(BaseModel):
+    """Where routers listen, how much may wait, and when they give up."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    replicas: int = Field(default=1, ge=1, description="Router processes; each has its own queue.")
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address to listen on; the default is not reachable from other machines, because "
+        "there is no authentication yet.",
+    )
+    grpc_port: int = Field(
+        default=50051,
+        ge=0,
+        le=65535,
+        description="TCP port of the gRPC API; 0 takes a free one.",
+    )
+    max_queue_requests: int = Field(
+        default=1024,
+        ge=1,
+        description="Requests that may wait for a worker; a further one is refused with a retry delay. "
+        "Resumed requests do not count: they have been accepted already.",
+    )
+    default_timeout_s: float = Field(
+        default=1800.0,
+        gt=0,
+        description="Seconds that a request may take when its client names no timeout; it ends requests "
+        "whose client hangs without closing its connection.",
+    )
+    max_timeout_s: float = Field(
+        default=86400.0, gt=0, description="Longest timeout in seconds that a request may ask for: a day."
+    )
+    max_worker_deaths: int = Field(
+        default=2,
+        ge=1,
+        description="A request that has met this many dying workers fails, so that one poisonous "
+        "request cannot take the pool with it.",
+    )
+    max_internal_failures: int = Field(
+        default=2,
+        ge=1,
+        description="A request that workers have given back this often because of an internal error "
+        "fails: the error would most likely return.",
+    )
+    retry_backoff_s: float = Field(
+        default=0.005,
+        gt=0,
+        description="Seconds before work that a worker gave back is sent again; doubled for each "
+        "further time without a new token. About a step's time, so that refusals cannot spin.",
+    )
+    max_retry_backoff_s: float = Field(
+        default=0.5, gt=0, description="Longest of those waits in seconds, so that recovery is felt soon."
+    )
+    worker_silence_limit_s: float = Field(
+        default=15.0,
+        gt=0,
+        description="A worker whose stream carries no message for this many seconds counts as lost; "
+        "several times the workers' heartbeat, because a loaded machine delays them.",
+    )
+    connect_timeout_s: float = Field(
+        default=5.0, gt=0, description="Seconds for a worker to answer a new stream's Hello."
+    )
+    max_reconnect_backoff_s: float = Field(
+        default=2.0,
+        gt=0,
+        description="Longest wait in seconds between attempts to reach a worker; the first is 0.05.",
+    )
+    tokenizer_threads: int = Field(
+        default=2,
+        ge=1,
+        description="Threads that tokenize prompts beside the event loop; they hold no GIL meanwhile.",
+    )
+    max_request_bytes: int = Field(
+        default=4 << 20,
+        ge=1024,
+        description="Bytes of one gRPC request at most: gRPC's own default, some million tokens.",
+    )
+    drain_timeout_s: float = Field(
+        default=5.0,
+        ge=0,
+        description="Seconds that running streams may go on when the router is told to stop.",
+    )

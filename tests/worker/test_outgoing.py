@@ -1,0 +1,50 @@
+"""The sending half of a stream."""
+
+import asyncio
+import threading
+
+from paceline.worker.outgoing import Outgoing
+
+TIMEOUT_S = 20.0
+
+
+async def collect(stream: Outgoing[int]) -> list[int]:
+    return [message async for message in stream]
+
+
+async def test_messages_of_many_threads_arrive_each_in_order_and_none_is_lost() -> None:
+    stream: Outgoing[int] = Outgoing()
+    received = asyncio.create_task(collect(stream))
+
+    def send(base: int) -> None:
+        for number in range(2000):
+            stream.send(base + number)
+
+    threads = [threading.Thread(target=send, args=(base,)) for base in (0, 10_000, 20_000)]
+    for thread in threads:
+        thread.start()
+    await asyncio.to_thread(lambda: [thread.join() for thread in threads])
+    stream.close()
+    messages = await asyncio.wait_for(received, TIMEOUT_S)
+    assert len(messages) == 6000
+    for base in (0, 10_000, 20_000):
+        own = [message for message in messages if base <= message < base + 2000]
+        assert own == list(range(base, base + 2000))
+
+
+async def test_what_waits_is_sent_before_a_closed_stream_ends() -> None:
+    stream: Outgoing[int] = Outgoing()
+    stream.send(1)
+    stream.close()
+    stream.send(2)
+    assert await asyncio.wait_for(collect(stream), TIMEOUT_S) == [1]
+
+
+async def test_a_waiting_reader_is_woken_by_a_message_from_another_thread() -> None:
+    stream: Outgoing[int] = Outgoing()
+    received = asyncio.create_task(collect(stream))
+    for number in range(200):
+        # Give the reader the chance to go to sleep in between.
+        await asyncio.to_thread(stream.send, number)
+    stream.close()
+    assert await asyncio.wait_for(received, TIMEOUT_S) == list(range(200))

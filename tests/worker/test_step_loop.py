@@ -1,0 +1,141 @@
+"""The engine thread, with a core and a runner that only count."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from paceline.engine.step_plan import EMPTY, StepPlan, StepResult
+from paceline.worker.mailbox import Mailbox
+from paceline.worker.step_loop import StepLoop
+
+TIMEOUT_S = 20.0
+
+
+class CountingCore:
+    """Plans `num_steps` steps; writes down what it is told, in order."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_left = num_steps
+        self.calls: list[str] = []
+        self.applied = threading.Semaphore(0)
+
+    def tick(self, now: float) -> None: ...
+
+    def plan(self, now: float) -> StepPlan | None:
+        if not self.num_left:
+            return None
+        self.num_left -= 1
+        number = sum(call.startswith("plan") for call in self.calls)
+        self.calls.append(f"plan {number}")
+        ones = np.zeros(0, np.int32)
+        return StepPlan(number, ones, ones, ones, ones.astype(bool), ones, ones, ones, ones)
+
+    def apply(self, result: StepResult, now: float) -> None:
+        self.calls.append(f"apply {result.step_id}")
+        self.applied.release()
+
+
+class Finished:
+    def __init__(self, step_id: int) -> None:
+        self.step_id = step_id
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> StepResult:
+        return StepResult(self.step_id, EMPTY)
+
+
+class InstantRunner:
+    max_num_slots = 1
+
+    def launch(self, plan: StepPlan) -> Finished:
+        return Finished(plan.step_id)
+
+    def close(self) -> None: ...
+
+
+def start_loop(
+    core: Any,
+    mailbox: Mailbox,
+    *,
+    overlap: bool = False,
+    on_failure: Callable[[BaseException], None] = lambda error: None,
+) -> StepLoop:
+    loop = StepLoop(
+        core,
+        InstantRunner(),
+        mailbox,
+        after_round=lambda: None,
+        on_failure=on_failure,
+        heartbeat_s=0.01,
+        overlap=overlap,
+    )
+    loop.start()
+    return loop
+
+
+def test_without_overlap_a_step_is_applied_before_the_next_is_planned() -> None:
+    core = CountingCore(3)
+    loop = start_loop(core, Mailbox())
+    for _ in range(3):
+        assert core.applied.acquire(timeout=TIMEOUT_S)
+    loop.stop(TIMEOUT_S)
+    assert core.calls == ["plan 0", "apply 0", "plan 1", "apply 1", "plan 2", "apply 2"]
+
+
+def test_with_overlap_a_step_is_planned_before_the_last_is_applied_and_all_are_applied() -> None:
+    core = CountingCore(3)
+    loop = start_loop(core, Mailbox(), overlap=True)
+    for _ in range(3):
+        assert core.applied.acquire(timeout=TIMEOUT_S)
+    loop.stop(TIMEOUT_S)
+    assert core.calls == ["plan 0", "plan 1", "apply 0", "plan 2", "apply 1", "apply 2"]
+
+
+def test_posted_calls_run_in_order_on_the_engine_thread() -> None:
+    mailbox = Mailbox()
+    loop = start_loop(CountingCore(0), mailbox)
+    seen: list[tuple[int, str]] = []
+    done = threading.Event()
+    for number in range(100):
+        mailbox.post(
+            lambda now, number=number: seen.append((number, threading.current_thread().name))
+        )
+    mailbox.post(lambda now: done.set())
+    assert done.wait(TIMEOUT_S)
+    loop.stop(TIMEOUT_S)
+    assert seen == [(number, "engine") for number in range(100)]
+
+
+def test_a_failing_call_ends_the_loop_and_its_cause_is_told() -> None:
+    failed: list[BaseException] = []
+    told = threading.Event()
+
+    def on_failure(error: BaseException) -> None:
+        failed.append(error)
+        told.set()
+
+    mailbox = Mailbox()
+    loop = start_loop(CountingCore(0), mailbox, on_failure=on_failure)
+
+    def fail(now: float) -> None:
+        raise ValueError("broken")
+
+    mailbox.post(fail)
+    assert told.wait(TIMEOUT_S)
+    assert str(failed[0]) == "broken"
+    loop.stop(TIMEOUT_S)
+
+
+def test_an_idle_loop_counts_as_making_progress() -> None:
+    loop = start_loop(CountingCore(0), Mailbox())
+    before = loop.last_progress_s
+    deadline = time.monotonic() + TIMEOUT_S
+    while loop.last_progress_s == before and time.monotonic() < deadline:
+        time.sleep(0.005)
+    loop.stop(TIMEOUT_S)
+    assert loop.last_progress_s > before
