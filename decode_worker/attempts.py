@@ -92,6 +92,8 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     is_started: bool = False
     """Whether a step has put it into its slot."""
+    first_token: int | None = None
+    """What prefill sampled; written when the import has ended, None where the context is computed here."""
     num_copies_promised: int = 0
     """1 from the fork until the partial last block has been copied, or need not be."""
 

@@ -28,13 +28,13 @@ class Architecture:
     """use_sliding_window, max_window_layers and layer_types choose the layers with a window."""
     window: int | None
     """Window of all layers when the key sliding_window is absent."""
-    has_mlp_bias: bool
+    mlp_bias: bool | None
     head_dim: int | None
     """When the key is absent; None: hidden_size / num_attention_heads."""
 
 
 ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture(None, None, False, False, None, True, None),
+    "LlamaForCausalLM": Architecture(None, None, False, False, None, None, None),
     "MistralForCausalLM": Architecture(False, False, False, False, 4096, False, None),
     "Qwen2ForCausalLM": Architecture(True, False, False, True, None, False, None),
     "Qwen3ForCausalLM": Architecture(None, None, True, True, None, False, 128),
@@ -125,6 +125,7 @@ class _Keys:
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values = {key: value for key, value in values.items() if value is not None}
+        self._nulls = {key for key, value in values.items() if value is None}
         self._read: set[str] = set()
         self.source = source
 
@@ -148,6 +149,10 @@ class _Keys:
 
     def flag(self, key: str, default: bool) -> bool:
         return bool(self.get(key, default))
+
+    def is_null(self, key: str) -> bool:
+        """Whether the key is there and null, which can mean something else than its absence."""
+        return key in self._nulls
 
     def unread(self) -> list[str]:
         return sorted(set(self._values) - self._read - HARMLESS)
@@ -189,7 +194,7 @@ def parse_model_config(
             f"{source} has {num_heads} attention heads and {num_kv_heads} key-value heads: the second "
             "must divide the first. Correct the file."
         )
-    biased = keys.flag("attention_bias", False) if architecture.qkv_bias is None else False
+    qkv_bias = _bias(keys, "attention_bias", architecture.qkv_bias)
     vocab_size = keys.number("vocab_size")
     config = ModelConfig(
         architecture=name,
@@ -204,9 +209,9 @@ def parse_model_config(
         rope=_rope(keys, max_position),
         max_position_embeddings=max_position,
         tie_word_embeddings=keys.flag("tie_word_embeddings", False),
-        qkv_bias=biased if architecture.qkv_bias is None else architecture.qkv_bias,
-        o_bias=biased if architecture.o_bias is None else architecture.o_bias,
-        mlp_bias=keys.flag("mlp_bias", False) if architecture.has_mlp_bias else False,
+        qkv_bias=qkv_bias,
+        o_bias=qkv_bias if architecture.o_bias is None else architecture.o_bias,
+        mlp_bias=_bias(keys, "mlp_bias", architecture.mlp_bias),
         qk_norm=architecture.qk_norm,
         windows=_windows(keys, architecture, num_layers),
         dtype=_dtype(keys),
@@ -239,6 +244,16 @@ def _architecture(keys: _Keys) -> tuple[str, Architecture]:
     )
 
 
+def _bias(keys: _Keys, key: str, fixed: bool | None) -> bool:
+    value = keys.flag(key, bool(fixed))
+    if fixed is not None and value != fixed:
+        raise UnsupportedModelError(
+            f"{keys.source} sets {key} to {value}, and this architecture is implemented with {fixed} "
+            "alone. Choose another model."
+        )
+    return value
+
+
 def _rope(keys: _Keys, max_position: int) -> RopeConfig:
     """The newer rope_parameters holds all; the older form is rope_theta beside rope_scaling."""
     theta = float(keys.get("rope_theta", 10000.0))
@@ -256,11 +271,9 @@ def _windows(
     keys: _Keys, architecture: Architecture, num_layers: int
 ) -> tuple[int | None, ...]:
     if not architecture.window_by_layer:
-        # A key that is present and null means no window, and absent the architecture's own.
-        if architecture.window is None:
+        if architecture.window is None or keys.is_null("sliding_window"):
             return (None,) * num_layers
-        window = keys.number("sliding_window", architecture.window)
-        return (window,) * num_layers
+        return (keys.number("sliding_window", architecture.window),) * num_layers
     used = keys.flag("use_sliding_window", False)
     window_or_none = keys.get("sliding_window", 4096) if used else None
     first = keys.get("max_window_layers", 28)

@@ -43,6 +43,10 @@ class ChannelStore(dist.Store):
             self._values[key] = value
             self._changed.notify_all()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._closed is not None
+
     def close(self, reason: str) -> None:
         """Make every wait, present and future, raise TransportError with this reason."""
         with self._changed:

@@ -1,7 +1,6 @@
 """The reader's end of a `torch_distributed` pair: asks for blocks and receives them, in order."""
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +9,17 @@ import numpy as np
 
 from paceline.errors import TransportError
 from paceline.kv_transfer.block_runs import find_fault
-from paceline.kv_transfer.channel_store import ChannelStore
-from paceline.kv_transfer.communicator import READER_RANK, Communicator, GlooDevice, WriteGate
-from paceline.kv_transfer.pair_messages import Ask, Drop, Go, No, Put, decode, encode
+from paceline.kv_transfer.communicator import READER_RANK, GlooDevice, WriteGate
+from paceline.kv_transfer.pair_end import PairEnd
+from paceline.kv_transfer.pair_messages import Ask, Drop, Go, No, Put, decode
 from paceline.kv_transfer.pool_memory import ByteArray
 from paceline.kv_transfer.read_handle import PendingRead
-from paceline.kv_transfer.transport import Channel, LocalPool, ReadState
+from paceline.kv_transfer.transport import Channel, LocalPool
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Asked:
     """A read on its way; `answer` is filled by the io thread."""
 
@@ -43,27 +42,16 @@ class PairReader:
         device: GlooDevice,
         timeout_s: float,
     ) -> None:
-        self.peer = owner
+        self.end = PairEnd(owner, pool, channel, device, READER_RANK, timeout_s, self._run)
         self._num_owner_blocks = num_owner_blocks
         self._pool = pool
         self._blocks = pool.blocks.numpy()
-        self._channel = channel
-        self._device = device
-        self._timeout_s = timeout_s
         self._gate = WriteGate()
-        self._changed = threading.Condition()
         self._asked: deque[_Asked] = deque()
         self._last_seq = 0
-        self._generation = 0
-        """The newest that the owner has announced."""
-        self._store: ChannelStore | None = None
-        self._communicator: Communicator | None = None
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name=f"kv-recv-{owner}", daemon=True)
-        self._started = False
 
     def read(self, lease_id: int, sources: Sequence[int], targets: Sequence[int]) -> PendingRead:
-        read = PendingRead(len(sources) * self._pool.layout.block_bytes, self._timeout_s)
+        read = PendingRead(len(sources) * self._pool.layout.block_bytes, self.end.timeout_s)
         fault = find_fault(
             sources,
             targets,
@@ -75,15 +63,15 @@ class PairReader:
         elif not sources:
             read.finish()
         else:
-            self._ask(read, lease_id, tuple(sources), self._blocks, tuple(targets))
+            self._ask(read, self._blocks, tuple(targets), lease_id, tuple(sources))
         return read
 
     def probe(self, num_bytes: int) -> PendingRead:
         block_bytes = self._pool.layout.block_bytes
         count = min(max(1, num_bytes // block_bytes), self._num_owner_blocks)
-        read = PendingRead(count * block_bytes, self._timeout_s)
+        read = PendingRead(count * block_bytes, self.end.timeout_s)
         scratch = np.empty((count, block_bytes), np.uint8)
-        self._ask(read, 0, (), scratch, range(count), is_probe=True)
+        self._ask(read, scratch, range(count), lease_id=0, sources=(), is_probe=True)
         return read
 
     def on_message(self, payload: bytes) -> None:
@@ -91,85 +79,53 @@ class PairReader:
         match message:
             case Go() | No():
                 self._take_answer(message)
-            case Put(generation, key, value):
-                with self._changed:
-                    store = self._store if generation == self._generation else None
-                if store is not None:
-                    store.receive(key, value)
+            case Put():
+                self.end.take_put(message)
             case _:
-                raise TransportError(f"{self.peer} owns the blocks, and sent {message}")
+                raise TransportError(f"{self.end.peer} owns the blocks, and sent {message}")
 
     def close(self) -> None:
-        with self._changed:
-            self._closing = True
+        with self.end.changed:
             asked, self._asked = list(self._asked), deque()
-            self._changed.notify_all()
+        self.end.begin_close()
         self._gate.shut()
-        self._break("the connection was closed")
         for one in asked:
             one.read.fail("the connection was closed")
-
-    @property
-    def has_ended(self) -> bool:
-        return self._closing and not self._thread.is_alive()
-
-    def join(self, timeout_s: float) -> bool:
-        """Wait for the thread after `close`; say whether it has ended."""
-        if self._started:
-            self._thread.join(timeout_s)
-        return not self._thread.is_alive()
 
     def _ask(
         self,
         read: PendingRead,
-        lease_id: int,
-        sources: tuple[int, ...],
         blocks: ByteArray,
         targets: Sequence[int],
+        lease_id: int,
+        sources: tuple[int, ...],
         is_probe: bool = False,
     ) -> None:
-        with self._changed:
-            if not self._closing:
+        end = self.end
+        with end.changed:
+            if not end.is_closing:
                 self._last_seq += 1
-                seq = self._last_seq
-                self._asked.append(_Asked(seq, read, blocks, targets))
+                self._asked.append(_Asked(self._last_seq, read, blocks, targets))
                 # Within the lock, so that asks are sent in the order of their numbers.
-                self._channel.send(encode(Ask(seq, lease_id, read.num_bytes, is_probe, sources)))
-                self._changed.notify_all()
-                if not self._started:
-                    self._started = True
-                    self._thread.start()
+                end.send(Ask(self._last_seq, lease_id, read.num_bytes, is_probe, sources))
+                end.changed.notify_all()
+                end.start()
                 return
         read.fail("the connection is closed")
 
     def _take_answer(self, answer: Go | No) -> None:
-        with self._changed:
+        end = self.end
+        with end.changed:
             asked = next((one for one in self._asked if one.seq == answer.seq), None)
             if asked is None:
-                return  # given up here; the owner has been told
+                return  # given up here, and the owner has been told
             was_promised = isinstance(asked.answer, Go)
             asked.answer = answer
-            if isinstance(answer, Go) and answer.generation > self._generation:
-                self._generation = answer.generation
-                self._store = self._new_store(answer.generation)
-            self._changed.notify_all()
+            if isinstance(answer, Go) and answer.generation > end.generation:
+                end.begin_generation(answer.generation)
+            end.changed.notify_all()
         if was_promised and isinstance(answer, No):
-            self._break(answer.reason)
-
-    def _new_store(self, generation: int) -> ChannelStore:
-        def put(key: str, value: bytes) -> None:
-            self._channel.send(encode(Put(generation, key, value)))
-
-        return ChannelStore(put, self._timeout_s)
-
-    def _break(self, reason: str) -> None:
-        """Make the thread give up what it does on the wire, and the communicator with it."""
-        with self._changed:
-            store, communicator = self._store, self._communicator
-        if store is not None:
-            store.close(reason)
-        if communicator is not None:
-            communicator.abort()
+            end.interrupt(answer.reason)
 
     def _run(self) -> None:
         while (asked := self._next()) is not None:
@@ -178,34 +134,58 @@ class PairReader:
             except (TransportError, RuntimeError) as error:
                 self._give_up(asked, str(error))
             except Exception as error:
-                logger.exception("a KV read failed; owner=%s", self.peer)
+                logger.exception("a KV read failed; owner=%s", self.end.peer)
                 self._give_up(asked, repr(error))
-        with self._changed:
-            self._store = self._communicator = None
 
     def _next(self) -> _Asked | None:
-        """The oldest read once it is answered or late; None when the connection closes."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._asked or self._closing)
-            if self._closing:
+        """The oldest read, once it is answered or late; None when the connection closes."""
+        end = self.end
+        with end.changed:
+            end.changed.wait_for(lambda: self._asked or end.is_closing)
+            if end.is_closing:
                 return None
             asked = self._asked[0]
-            self._changed.wait_for(
-                lambda: asked.answer is not None or self._closing, asked.read.remaining_s
+            end.changed.wait_for(
+                lambda: asked.answer is not None or end.is_closing, asked.read.remaining_s
             )
-            return None if self._closing else asked
+            return None if end.is_closing else asked
 
     def _receive(self, asked: _Asked) -> None:
-        answer = asked.answer
-        if answer is None:
-            raise TransportError(
-                f"{self.peer} did not answer within kv.read_timeout_s, {self._timeout_s} s"
-            )
-        if isinstance(answer, No):
-            self._end(asked)
-            asked.read.fail(f"{self.peer} refused the read: {answer.reason}")
-            return
-        communicator = self._communicator_of(answer, asked.read)
-        communicator.receive_blocks(asked.blocks, asked.targets, self._gate, asked.read.deadline)
-        self._end(asked)
-        asked.read.finish()
+        match asked.answer:
+            case None:
+                raise TransportError(
+                    f"{self.end.peer} did not answer within kv.read_timeout_s, {self.end.timeout_s} s"
+                )
+            case No(_, reason):
+                self._forget(asked)
+                asked.read.fail(f"{self.end.peer} refused the read: {reason}")
+            case Go(_, generation):
+                communicator = self.end.communicator(generation)
+                if communicator is None:
+                    raise TransportError(f"communicator {generation} was given up")
+                communicator.receive_blocks(
+                    asked.blocks, asked.targets, self._gate, asked.read.deadline
+                )
+                self._forget(asked)
+                asked.read.finish()
+
+    def _give_up(self, asked: _Asked, error: str) -> None:
+        """Drop the communicator and fail the read; every other one too if the wire broke."""
+        self.end.drop_communicator()
+        with self.end.changed:
+            if isinstance(asked.answer, No):
+                failed, error = [asked], asked.answer.reason  # the owner gave up, and goes on
+            elif asked.read.remaining_s < 0.01:
+                failed = [asked]  # the others have time left
+            else:
+                failed = list(self._asked)
+            if not isinstance(asked.answer, No) and not self.end.is_closing and failed:
+                self.end.send(Drop(failed[-1].seq))
+            self._asked = deque(one for one in self._asked if one not in failed)
+        for one in failed:
+            one.read.fail(f"reading from {self.end.peer} failed: {error}")
+
+    def _forget(self, asked: _Asked) -> None:
+        with self.end.changed:
+            if asked in self._asked:
+                self._asked.remove(asked)

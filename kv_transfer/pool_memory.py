@@ -88,9 +88,7 @@ class PoolMemory:
             os.ftruncate(fd, num_bytes)
             mapping = mmap.mmap(fd, num_bytes)
             # After our own mapping, which stays writable.
-            fcntl.fcntl(
-                fd, fcntl.F_ADD_SEALS, SIZE_SEALS | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
-            )
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SIZE_SEALS | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
         except BaseException:
             os.close(fd)
             raise
@@ -163,7 +161,9 @@ class PeerMemory:
             _expect_same_file(fd, address)
             return cls(mmap.mmap(fd, address.num_bytes, prot=mmap.PROT_READ))
         except (OSError, ValueError) as error:
-            raise TransportError(f"cannot map the memory of pool {address.name}: {error}") from error
+            raise TransportError(
+                f"cannot map the memory of pool {address.name}: {error}"
+            ) from error
         finally:
             os.close(fd)
 

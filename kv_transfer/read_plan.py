@@ -37,7 +37,7 @@ class ReadPlan:
         targets: Sequence[int],
         num_cached_blocks: int = 0,
     ) -> None:
-        """targets: the reader's blocks of the context, the first `num_cached_blocks` filled already."""
+        """targets: the reader's blocks of the context; `num_cached_blocks` are filled already."""
         num_blocks = num_blocks_for(num_context_tokens, block_tokens)
         if num_context_tokens < 1 or len(targets) != num_blocks:
             raise ValueError(

@@ -156,9 +156,7 @@ class ShmConnection:
         else:
             read.fail(fault)
 
-    def _copy_runs(
-        self, read: PendingRead, runs: list[BlockRun], targets: ByteArray
-    ) -> str | None:
+    def _copy_runs(self, read: PendingRead, runs: list[BlockRun], targets: ByteArray) -> str | None:
         block_bytes = targets.shape[1]
         sources = self._memory.array[: self._num_source_blocks * block_bytes]
         sources = sources.reshape(self._num_source_blocks, block_bytes)

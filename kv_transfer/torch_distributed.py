@@ -79,13 +79,13 @@ class TorchDistributedTransport:
         for pair in self._pairs:
             pair.close()
         for pair in self._pairs:
-            if not pair.join(self._read_timeout_s):
-                logger.error("a transfer thread did not end; pair=%s", pair.peer)
+            if not pair.end.join(self._read_timeout_s):
+                logger.error("a transfer thread did not end; pair=%s", pair.end.peer)
         self._pairs.clear()
         self._device.close()
 
     def _remember(self, pair: "PairReader | PairOwner") -> None:
-        self._pairs = [known for known in self._pairs if not known.has_ended]
+        self._pairs = [known for known in self._pairs if not known.end.has_ended]
         self._pairs.append(pair)
 
 

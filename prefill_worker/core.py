@@ -2,7 +2,7 @@
 final.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,11 +60,15 @@ class PrefillCore:
             why = "this worker is draining" if self._draining else "prefill needs a reader"
             self._answer(session, work, admitted=False, message=why)
             return
+        if self._is_superseded(work):
+            self._answer(session, work, admitted=False, message="a newer attempt runs here")
+            return
+        self._end_older(work, now)
         accepted = self._scheduler.add(work, session, now)
         if isinstance(accepted, Refused):
             self._answer(session, work, admitted=False, message=accepted.message)
             return
-        lease = self._leases.grant(work.key, peer.name, now)
+        lease = self._leases.grant(work.key, peer.name, now, work.choices)
         self._leases.extend(lease, accepted.block_ids)
         self._attempts[work.key] = _Attempt(session, work, lease)
         if accepted.cached_tokens:
@@ -140,6 +144,20 @@ class PrefillCore:
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
         self._leases.check_integrity()
+
+    def _rivals(self, work: Work) -> Iterator[AttemptKey]:
+        """Attempts here at the same choices of the same request."""
+        for key, attempt in self._attempts.items():
+            same_request = key.request_id == work.key.request_id
+            if same_request and not set(work.choices).isdisjoint(attempt.work.choices):
+                yield key
+
+    def _is_superseded(self, work: Work) -> bool:
+        return any(key.attempt >= work.key.attempt for key in self._rivals(work))
+
+    def _end_older(self, work: Work, now: float) -> None:
+        for key in list(self._rivals(work)):
+            self._end(key, f"attempt {work.key.attempt} superseded it", now)
 
     def _complete(self, done: PrefillDone[int], now: float) -> None:
         """Publish a context that is whole; from here on only the lease keeps its blocks."""

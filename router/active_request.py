@@ -35,6 +35,8 @@ class ActiveRequest:
     journal: RequestJournal
     arrived_s: float
     """Seconds by the router's clock, as all times here but those of `spans`."""
+    max_tokens_is_default: bool = False
+    """Whether its first dispatch may lower max_tokens to what the workers' pools can hold."""
     listener: Callable[[], None] = field(default=_nobody)
     """Called when there is output to take, or the request has ended."""
 

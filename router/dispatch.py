@@ -7,10 +7,16 @@ attempts by stream ids or keys; those of ended attempts are unknown here, and so
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
-from paceline.errors import InvalidRequestError, PacelineError, RequestFailedError
-from paceline.errors import DeadlineExceededError, FieldViolation
+from paceline.errors import (
+    DeadlineExceededError,
+    FieldViolation,
+    InvalidRequestError,
+    PacelineError,
+    RequestFailedError,
+)
 from paceline.request import AttemptKey, FailureReason, FinishReason, Span, Work
 from paceline.router.active_request import ActiveRequest, WaitingWork
 from paceline.router.attempt import Attempt, AttemptEvent, AttemptState
@@ -152,7 +158,13 @@ class Dispatcher:
         request, attempt = found
         if message is not None:
             self._give_back(
-                request, attempt, tuple(attempt.streams), worker_id, FailureReason.REFUSED, message, now
+                request,
+                attempt,
+                tuple(attempt.streams),
+                worker_id,
+                FailureReason.REFUSED,
+                message,
+                now,
             )
             self.dispatch(now)
             return
@@ -245,6 +257,8 @@ class Dispatcher:
                 continue
             self.queue.pop(now)
             request.waiting.remove(work)
+            if request.max_tokens_is_default and not request.num_attempts:
+                self._limit_output(request)
             self.placement.dispatch(pair, need)
             self._send(work, pair, now)
 
@@ -400,10 +414,18 @@ class Dispatcher:
 
     def _too_large(self, request: ActiveRequest) -> InvalidRequestError | None:
         journal = request.journal
-        why = self.placement.why_too_large(
-            len(journal.prompt), len(journal.choices), journal.sampling.max_tokens or 1
-        )
+        max_tokens = 1 if request.max_tokens_is_default else journal.sampling.max_tokens or 1
+        why = self.placement.why_too_large(len(journal.prompt), len(journal.choices), max_tokens)
         return None if why is None else InvalidRequestError(FieldViolation("prompt", why))
+
+    def _limit_output(self, request: ActiveRequest) -> None:
+        """Lower a max_tokens that the client left open to what the largest pool can hold."""
+        journal = request.journal
+        room = self.placement.max_decode_tokens()
+        if room is not None and journal.sampling.max_tokens is not None:
+            fitting = max(1, room - len(journal.prompt))
+            if fitting < journal.sampling.max_tokens:
+                journal.sampling = replace(journal.sampling, max_tokens=fitting)
 
     def _too_many_deaths(self, request: ActiveRequest) -> RequestFailedError:
         names = ", ".join(sorted(worker_id for worker_id, _ in request.deaths))

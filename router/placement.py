@@ -94,9 +94,7 @@ class WorkerView:
 
     def can_take(self, num_blocks: int) -> bool:
         return (
-            not self.load.draining
-            and self.credit_requests > 0
-            and self.credit_blocks >= num_blocks
+            not self.load.draining and self.credit_requests > 0 and self.credit_blocks >= num_blocks
         )
 
     def dispatch(self, num_blocks: int, num_tokens: int) -> None:
@@ -192,7 +190,9 @@ class Placement:
             blocks = need.prefill_blocks(pair.prefill.pool.block_tokens)
             pair.prefill.dispatch(blocks, need.num_tokens)
 
-    def why_too_large(self, num_prompt_tokens: int, num_choices: int, max_tokens: int) -> str | None:
+    def why_too_large(
+        self, num_prompt_tokens: int, num_choices: int, max_tokens: int
+    ) -> str | None:
         """Say why no pool seen so far could ever run a request; None when one can or none is known."""
         decode = self._largest.get(Role.DECODE)
         if decode is not None:
@@ -210,7 +210,9 @@ class Placement:
                     "max_tokens or n, or raise decode.num_kv_blocks"
                 )
         prefill = self._largest.get(Role.PREFILL)
-        if prefill is not None and (decode is None or decode.local_prefill_tokens < num_prompt_tokens):
+        if prefill is not None and (
+            decode is None or decode.local_prefill_tokens < num_prompt_tokens
+        ):
             blocks = num_blocks_for(num_prompt_tokens, prefill.block_tokens)
             if blocks > prefill.num_blocks:
                 return (

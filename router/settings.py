@@ -33,7 +33,9 @@ class RouterSettings(BaseModel):
         "whose client hangs without closing its connection.",
     )
     max_timeout_s: float = Field(
-        default=86400.0, gt=0, description="Longest timeout in seconds that a request may ask for: a day."
+        default=86400.0,
+        gt=0,
+        description="Longest timeout in seconds that a request may ask for: a day.",
     )
     max_worker_deaths: int = Field(
         default=2,
@@ -54,7 +56,9 @@ class RouterSettings(BaseModel):
         "further time without a new token. About a step's time, so that refusals cannot spin.",
     )
     max_retry_backoff_s: float = Field(
-        default=0.5, gt=0, description="Longest of those waits in seconds, so that recovery is felt soon."
+        default=0.5,
+        gt=0,
+        description="Longest of those waits in seconds, so that recovery is felt soon.",
     )
     worker_silence_limit_s: float = Field(
         default=15.0,

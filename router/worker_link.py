@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import grpc
 
@@ -34,7 +35,9 @@ _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
 )
 
-Session = grpc.aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.SessionResponse]
+Session: TypeAlias = (
+    "grpc.aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.SessionResponse]"
+)
 
 
 class WorkerLink:
@@ -179,18 +182,16 @@ class WorkerLink:
     async def _read(self, session: Session) -> None:
         loop = asyncio.get_running_loop()
         limit_s = self._settings.worker_silence_limit_s
-        # One deadline, moved on by every message: a time-out object a message costs more than that.
-        async with asyncio.timeout(limit_s) as silence:
-            try:
+        try:
+            # One deadline, moved on by every message: a time-out object a message costs more.
+            async with asyncio.timeout(limit_s) as silence:
                 while isinstance(answer := await session.read(), worker_pb2.SessionResponse):
                     silence.reschedule(loop.time() + limit_s)
                     self._take(answer)
-            except asyncio.CancelledError:
-                if silence.expired() or loop.time() >= (silence.when() or 0.0):
-                    raise UnavailableError(
-                        f"no message for router.worker_silence_limit_s, {limit_s} s"
-                    ) from None
-                raise
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"no message for router.worker_silence_limit_s, {limit_s} s"
+            ) from error
         code, details = await session.code(), await session.details()
         raise UnavailableError(f"the worker ended the stream: {code.name} {details}".rstrip())
 
@@ -215,9 +216,7 @@ class WorkerLink:
         elif kind == "failure":
             failure = answer.failure
             reason = failure_reason_from_proto(failure.reason)
-            dispatcher.failure(
-                worker_id, list(failure.stream_ids), reason, failure.message, now
-            )
+            dispatcher.failure(worker_id, list(failure.stream_ids), reason, failure.message, now)
         elif kind == "phase":
             phase = answer.phase
             key = AttemptKey(phase.request_id, phase.attempt)

@@ -187,15 +187,14 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
             )
             session.stream.send(kv_pb2.ReadLeasesResponse(revoked=revoked))
             return
-        progress = lease.progress
-        block_ids = lease.block_ids[told.num_blocks_sent :]
-        complete = progress.first_tokens is not None
+        block_ids, progress = lease.update_since(told.num_blocks_sent)
+        complete = progress.is_complete
         if not block_ids and progress.num_tokens == told.num_tokens_sent and not complete:
             return
         update = kv_pb2.LeaseUpdate(
             request_id=lease.key.request_id,
             attempt=lease.key.attempt,
-            lease_id=lease.id,
+            lease_id=lease.lease_id,
             block_ids=pack_uint32(block_ids),
             num_tokens=progress.num_tokens,
             first_tokens=[

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from paceline.internal.v1 import worker_pb2 as wire_messages
 from paceline.request import AttemptKey, FailureReason, Span
 from paceline.v1 import inference_pb2
-from paceline.wire import span_to_proto, step_output_columns
+from paceline.wire import pack_uint32, span_to_proto
 from paceline.worker.core import Core, LoadReport
 from paceline.worker.outgoing import Outgoing
 from paceline.worker.step_output import StepOutput
@@ -120,10 +120,10 @@ class RouterSessions:
 def step_report(output: StepOutput) -> wire_messages.StepReport:
     """Put a step's output into its message."""
     return wire_messages.StepReport(
-        stream_ids=step_output_columns(output.stream_ids),
-        indices=step_output_columns(output.indices),
-        token_ids=step_output_columns(output.token_ids),
-        finished_stream_ids=step_output_columns(output.finished_stream_ids),
+        stream_ids=pack_uint32(output.stream_ids),
+        indices=pack_uint32(output.indices),
+        token_ids=pack_uint32(output.token_ids),
+        finished_stream_ids=pack_uint32(output.finished_stream_ids),
         finish_reasons=output.finish_reasons.tobytes(),
         logprobs=list(_logprobs(output)) if output.logprobs else None,
     )

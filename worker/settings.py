@@ -30,8 +30,8 @@ class WorkerSettings(BaseModel):
     kv_cache_bytes: int = Field(
         default=1 << 30,
         ge=1,
-        description="Bytes of a worker's KV pool when num_kv_blocks is not given; 1 GiB leaves room "
-        "for several processes on a small machine.",
+        description="Bytes of a worker's KV pool when num_kv_blocks is not given; 1 GiB leaves "
+        "room for several processes on a small machine.",
     )
     max_num_seqs: int = Field(
         default=64, ge=1, le=4096, description="Sequences that run at once on one worker."

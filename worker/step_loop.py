@@ -50,7 +50,7 @@ class StepLoop:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """End the thread after the running step. Raises TimeoutError when it does not end in time."""
+        """End the thread after the running step. Raises TimeoutError if it does not end in time."""
         self._stopping = True
         self._mailbox.wake()
         self._thread.join(timeout_s)

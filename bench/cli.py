@@ -1,0 +1,123 @@
+"""`paceline bench`: drive a running deployment over gRPC."""
+
+import asyncio
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from paceline.bench.client import LoadClient
+from paceline.bench.environment import write_result
+from paceline.bench.load import (
+    PlannedRequest,
+    Vocabulary,
+    fixed_lengths,
+    poisson_arrivals,
+    read_trace,
+)
+from paceline.bench.page import write_page
+from paceline.bench.record import Limits, RequestRecord, summarize
+from paceline.bench.report import result_document, summary_table
+from paceline.errors import ConfigError
+
+DEFAULT_TRACE = Path(__file__).parent / "traces" / "azure-conversation-2023-excerpt.jsonl"
+
+
+class LoadKind(str, Enum):
+    """How requests arrive."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    TRACE = "trace"
+
+
+def bench(
+    address: Annotated[str, typer.Option(help="host:port of a router.")] = "127.0.0.1:50051",
+    load: Annotated[
+        LoadKind,
+        typer.Option(help="closed: N users; open: Poisson arrivals; trace: replay a file."),
+    ] = LoadKind.CLOSED,
+    requests: Annotated[int, typer.Option(min=1, help="Requests to send.")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="Users of a closed loop.")] = 16,
+    rate: Annotated[float, typer.Option(min=0.001, help="Requests a second, open loop.")] = 1.0,
+    input_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an output.")] = 128,
+    trace: Annotated[Path, typer.Option(help="Trace file, see bench/traces.")] = DEFAULT_TRACE,
+    speed: Annotated[float, typer.Option(min=0.001, help="Replay so many times faster.")] = 1.0,
+    max_input_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Cut a trace's prompts; default: the model's length.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+    timeout_s: Annotated[float, typer.Option(min=0.1, help="For one request.")] = 600.0,
+    max_ttft_ms: Annotated[float | None, typer.Option(help="Goodput's limit.")] = None,
+    max_tpot_ms: Annotated[float | None, typer.Option(help="Goodput's limit.")] = None,
+    max_e2e_ms: Annotated[float | None, typer.Option(help="Goodput's limit.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Draw the result as HTML.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False,
+) -> None:
+    """Send a load to a running deployment and report TTFT, TPOT, ITL, end-to-end and goodput."""
+    config = {
+        name: value.value if isinstance(value, Enum) else str(value) if name == "trace" else value
+        for name, value in locals().items()
+        if name not in ("output", "page", "as_json")
+    }
+    limits = Limits(_seconds(max_ttft_ms), _seconds(max_tpot_ms), _seconds(max_e2e_ms))
+
+    def plan(vocabulary: Vocabulary, max_model_len: int) -> list[PlannedRequest]:
+        if load is LoadKind.TRACE:
+            most_input = min(max_input_tokens or max_model_len, max_model_len - output_tokens)
+            return read_trace(
+                trace,
+                vocabulary,
+                speed=speed,
+                num_requests=requests,
+                max_input_tokens=most_input,
+                max_output_tokens=output_tokens,
+                seed=seed,
+            )
+        if input_tokens + output_tokens > max_model_len:
+            raise ConfigError(
+                f"--input-tokens {input_tokens} and --output-tokens {output_tokens} are more than "
+                f"the model's length, {max_model_len}"
+            )
+        planned = fixed_lengths(requests, input_tokens, output_tokens, vocabulary, seed)
+        return poisson_arrivals(planned, rate, seed) if load is LoadKind.OPEN else planned
+
+    async def run() -> list[RequestRecord]:
+        async with LoadClient(address, timeout_s=timeout_s) as client:
+            planned = plan(*await client.vocabulary())
+            with Progress(console=Console(stderr=True), transient=True) as progress:
+                task = progress.add_task("requests", total=len(planned))
+
+                def on_end(record: RequestRecord) -> None:
+                    progress.advance(task)
+
+                if load is LoadKind.CLOSED:
+                    return await client.closed_loop(planned, concurrency, on_end)
+                return await client.open_loop(planned, on_end)
+
+    records = asyncio.run(run())
+    summary = summarize(records, limits)
+    title = f"paceline bench: {load.value} loop at {address}"
+    document: dict[str, Any] = result_document(summary, limits, records)
+    if output is not None:
+        write_result(output, "load", config, document)
+    if page is not None:
+        write_page(page, title, summary, records)
+    if as_json:
+        typer.echo(json.dumps({"config": config, **document}))
+    else:
+        Console().print(summary_table(summary, title))
+    for error in sorted(set(document["errors"])):
+        typer.echo(f"failed: {error}", err=True)
+    if summary.num_failed:
+        raise typer.Exit(1)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000

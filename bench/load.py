@@ -1,0 +1,121 @@
+"""When requests are sent, and how long they are. Pure: the same seed gives the same load."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from paceline.errors import ConfigError
+
+TRACE_BLOCK_TOKENS = 512
+"""Tokens of a prompt that one of a trace's `hash_ids` stands for."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRequest:
+    """One request of a load."""
+
+    at_s: float
+    """Seconds after the load's start; 0 for all in a closed loop, which sends when it may."""
+    prompt: tuple[int, ...]
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Token ids that made-up prompts may use."""
+
+    size: int
+    reserved: frozenset[int]
+    """Ids with a meaning of their own, such as the end of a sequence."""
+
+    def draw(self, random: Random, count: int) -> tuple[int, ...]:
+        drawn: list[int] = []
+        while len(drawn) < count:
+            token = random.randrange(self.size)
+            if token not in self.reserved:
+                drawn.append(token)
+        return tuple(drawn)
+
+
+def fixed_lengths(
+    num_requests: int, input_tokens: int, output_tokens: int, vocabulary: Vocabulary, seed: int
+) -> list[PlannedRequest]:
+    """Plan requests of equal lengths and unlike content, all at once."""
+    random = Random(seed)
+    return [
+        PlannedRequest(0.0, vocabulary.draw(random, input_tokens), output_tokens)
+        for _ in range(num_requests)
+    ]
+
+
+def poisson_arrivals(
+    requests: Iterable[PlannedRequest], rate_per_s: float, seed: int
+) -> list[PlannedRequest]:
+    """Spread requests over time as an open loop: gaps are exponential with mean 1 / rate."""
+    random = Random(seed)
+    planned, at_s = [], 0.0
+    for request in requests:
+        planned.append(PlannedRequest(at_s, request.prompt, request.max_tokens))
+        at_s += random.expovariate(rate_per_s)
+    return planned
+
+
+def read_trace(
+    path: Path,
+    vocabulary: Vocabulary,
+    *,
+    speed: float,
+    num_requests: int | None,
+    max_input_tokens: int,
+    max_output_tokens: int,
+    seed: int,
+) -> list[PlannedRequest]:
+    """Plan the requests of a trace file (see bench/traces/README.md), `speed` times as fast.
+
+    Longer prompts and outputs are cut to the given limits. Raises ConfigError with the line.
+    """
+    planned = []
+    with path.open() as lines:
+        for number, line in enumerate(lines, start=1):
+            if num_requests is not None and len(planned) == num_requests:
+                break
+            try:
+                entry = json.loads(line)
+                at_s = float(entry["timestamp"]) / 1000 / speed
+                num_input, num_output = int(entry["input_length"]), int(entry["output_length"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{path}:{number}: a line of a trace needs timestamp, input_length and "
+                    f"output_length as numbers ({error!r})"
+                ) from error
+            prompt = _trace_prompt(
+                min(max(num_input, 1), max_input_tokens),
+                entry.get("hash_ids", ()),
+                vocabulary,
+                seed=seed * 1_000_003 + number,
+            )
+            output_tokens = min(max(num_output, 1), max_output_tokens)
+            planned.append(PlannedRequest(at_s, prompt, output_tokens))
+    if not planned:
+        raise ConfigError(f"the trace {path} has no requests")
+    first_s = planned[0].at_s
+    return [PlannedRequest(p.at_s - first_s, p.prompt, p.max_tokens) for p in planned]
+
+
+def _trace_prompt(
+    num_tokens: int, hash_ids: Sequence[int], vocabulary: Vocabulary, seed: int
+) -> tuple[int, ...]:
+    """Make a prompt up; blocks with equal ids get equal content."""
+    blocks = (vocabulary.draw(Random(block), TRACE_BLOCK_TOKENS) for block in hash_ids)
+    prompt = tuple(_take(blocks, num_tokens))
+    return prompt + vocabulary.draw(Random(seed), num_tokens - len(prompt))
+
+
+def _take(blocks: Iterable[tuple[int, ...]], count: int) -> Iterator[int]:
+    for block in blocks:
+        if count <= 0:
+            return
+        yield from block[:count]
+        count -= len(block)

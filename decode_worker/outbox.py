@@ -1,0 +1,113 @@
+"""What waits to leave the worker, until the scheduler's caller takes it."""
+
+import numpy as np
+import numpy.typing as npt
+
+from paceline.decode_worker.attempts import OutputToken
+from paceline.decode_worker.outcomes import DecodeStep, EndedAttempt, SequenceFailure
+from paceline.engine.step_plan import TopLogprobs
+from paceline.request import AttemptKey, FinishReason
+from paceline.worker.step_output import StepOutput, Uint32Array
+
+Uint8Array = npt.NDArray[np.uint8]
+
+
+class Outbox:
+    """Collects tokens, failures, ends and imports to abandon.
+
+    Tokens of a step come in columns; a few others, such as those that waited for a confirmation, one by one.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, list[OutputToken]] = {}
+        self._outputs: dict[int, StepOutput] = {}
+        self._failures: list[SequenceFailure] = []
+        self._abandoned_imports: list[AttemptKey] = []
+        self._ended: list[EndedAttempt] = []
+
+    def add_tokens(self, session: int, tokens: list[OutputToken]) -> None:
+        """Add tokens that come before those of the next columns."""
+        if tokens:
+            self._tokens.setdefault(session, []).extend(tokens)
+
+    def add_columns(
+        self,
+        sessions: npt.NDArray[np.int64],
+        output: StepOutput,
+        finished: npt.NDArray[np.intp],
+    ) -> None:
+        """Add the tokens of a step, once between two `take`s.
+
+        `finished` has the elements whose token is their last, for `output.finish_reasons`.
+        """
+        first = int(sessions[0])
+        if not np.count_nonzero(sessions != first):
+            self._outputs[first] = output
+            return
+        for session in np.unique(sessions).tolist():
+            mine = np.flatnonzero(sessions == session)
+            ends = np.isin(finished, mine)
+            number_of = {number: i for i, number in enumerate(mine.tolist())}
+            self._outputs[session] = StepOutput(
+                output.stream_ids[mine],
+                output.indices[mine],
+                output.token_ids[mine],
+                output.finished_stream_ids[ends],
+                output.finish_reasons[ends],
+                {number_of[i]: top for i, top in output.logprobs.items() if i in number_of},
+            )
+
+    def add_failure(self, failure: SequenceFailure) -> None:
+        self._failures.append(failure)
+
+    def add_abandoned_import(self, key: AttemptKey) -> None:
+        self._abandoned_imports.append(key)
+
+    def add_ended(self, ended: EndedAttempt) -> None:
+        self._ended.append(ended)
+
+    def drop_session(self, session: int) -> None:
+        """Forget what waits for a router that is gone."""
+        self._tokens.pop(session, None)
+        self._failures = [f for f in self._failures if f.session != session]
+
+    def take(self) -> DecodeStep:
+        """Give everything and forget it."""
+        outputs = self._outputs
+        for session, tokens in self._tokens.items():
+            outputs[session] = _joined(tokens, outputs.get(session))
+        step = DecodeStep(
+            outputs, tuple(self._failures), tuple(self._abandoned_imports), tuple(self._ended)
+        )
+        self._outputs = {}
+        for waiting in (self._tokens, self._failures, self._abandoned_imports, self._ended):
+            waiting.clear()
+        return step
+
+
+def _joined(tokens: list[OutputToken], rest: StepOutput | None) -> StepOutput:
+    ends = [token for token in tokens if token.finish_reason is not None]
+    logprobs = {i: token.logprobs for i, token in enumerate(tokens) if token.logprobs is not None}
+    columns: tuple[Uint32Array, ...] = (
+        np.array([token.stream_id for token in tokens], dtype=np.uint32),
+        np.array([token.index for token in tokens], dtype=np.uint32),
+        np.array([token.token_id for token in tokens], dtype=np.uint32),
+        np.array([token.stream_id for token in ends], dtype=np.uint32),
+    )
+    reasons: Uint8Array = np.array([_value(token.finish_reason) for token in ends], dtype=np.uint8)
+    if rest is None:
+        return StepOutput(*columns, reasons, logprobs)
+    first: dict[int, TopLogprobs] = {len(tokens) + i: top for i, top in rest.logprobs.items()}
+    return StepOutput(
+        np.concatenate((columns[0], rest.stream_ids)),
+        np.concatenate((columns[1], rest.indices)),
+        np.concatenate((columns[2], rest.token_ids)),
+        np.concatenate((columns[3], rest.finished_stream_ids)),
+        np.concatenate((reasons, rest.finish_reasons)),
+        logprobs | first,
+    )
+
+
+def _value(reason: FinishReason | None) -> int:
+    assert reason is not None
+    return reason.value

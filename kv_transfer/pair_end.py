@@ -1,0 +1,124 @@
+"""What both ends of a `torch_distributed` pair are made of: a thread, a rendezvous and a communicator."""
+
+import threading
+from collections.abc import Callable
+
+from paceline.kv_transfer.channel_store import ChannelStore
+from paceline.kv_transfer.communicator import Communicator, GlooDevice
+from paceline.kv_transfer.pair_messages import PairMessage, Put, encode
+from paceline.kv_transfer.transport import Channel, LocalPool
+
+
+class PairEnd:
+    """State of one end, guarded by `changed`; the io thread and the end's own thread meet here."""
+
+    def __init__(
+        self,
+        peer: str,
+        pool: LocalPool,
+        channel: Channel,
+        device: GlooDevice,
+        rank: int,
+        timeout_s: float,
+        run: Callable[[], None],
+    ) -> None:
+        self.peer = peer
+        self.pool = pool
+        self.timeout_s = timeout_s
+        self.changed = threading.Condition()
+        self.is_closing = False
+        self.generation = 0
+        """Number of the newest communicator that the owner has announced."""
+        self._channel = channel
+        self._device = device
+        self._rank = rank
+        self._store: ChannelStore | None = None
+        self._communicator: Communicator | None = None
+        self._run = run
+        self._thread: threading.Thread | None = None
+
+    def send(self, message: PairMessage) -> None:
+        self._channel.send(encode(message))
+
+    def start(self) -> None:
+        """Start the thread if it does not run. Called with `changed` held."""
+        if self._thread is None:
+            name = f"kv-{'send' if self._rank == 0 else 'recv'}-{self.peer}"
+            self._thread = threading.Thread(target=self._run_and_free, name=name, daemon=True)
+            self._thread.start()
+
+    def begin_generation(self, generation: int) -> None:
+        """Open the rendezvous of a new communicator. Called with `changed` held."""
+        self.generation = generation
+        self._communicator = None
+        self._store = ChannelStore(
+            lambda key, value: self.send(Put(generation, key, value)), self.timeout_s
+        )
+
+    @property
+    def has_rendezvous(self) -> bool:
+        """Whether a communicator exists or is being made. Asked with `changed` held."""
+        return self._store is not None
+
+    def take_put(self, put: Put) -> None:
+        with self.changed:
+            store = self._store if put.generation == self.generation else None
+        if store is not None:
+            store.receive(put.key, put.value)
+
+    def communicator(self, generation: int) -> Communicator | None:
+        """Return the communicator of this generation, made now if need be: blocks until the peer comes.
+
+        None when it has been given up. Called on the end's own thread.
+        """
+        with self.changed:
+            if self._communicator is not None and generation == self.generation:
+                return self._communicator
+            store = self._store
+            if store is None or generation != self.generation or self.is_closing:
+                return None
+        made = Communicator(
+            self._device, store, self._rank, self.pool.layout.block_bytes, self.timeout_s
+        )
+        with self.changed:
+            if self._store is not store or store.is_closed:
+                return None
+            self._communicator = made
+        return made
+
+    def interrupt(self, reason: str) -> None:
+        """Make the end's thread, if it waits for the peer, raise; its communicator is lost by it."""
+        with self.changed:
+            store, communicator = self._store, self._communicator
+            if store is not None:
+                store.close(reason)
+        if communicator is not None:
+            communicator.abort()
+
+    def drop_communicator(self) -> None:
+        with self.changed:
+            self._store = self._communicator = None
+
+    def begin_close(self) -> None:
+        """End the thread soon: at once if it waits, else after what it does now."""
+        with self.changed:
+            self.is_closing = True
+            self.changed.notify_all()
+        self.interrupt("the connection was closed")
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was closed and nothing of it is left."""
+        return self.is_closing and not (self._thread and self._thread.is_alive())
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread after `begin_close`; say whether it has ended."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self.has_ended
+
+    def _run_and_free(self) -> None:
+        try:
+            self._run()
+        finally:
+            self.drop_communicator()

@@ -1,0 +1,50 @@
+"""Turn errors into rich gRPC statuses, with the details that google.rpc defines for them."""
+
+from collections.abc import Iterator
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from paceline.errors import InvalidRequestError, PacelineError, QueueFullError
+
+_MAX_MESSAGE_CHARS = 2000
+_MAX_VIOLATIONS = 16
+_MAX_DESCRIPTION_CHARS = 200
+"""Statuses travel in HTTP/2 trailers, of which clients accept 8 KiB."""
+
+
+def to_status(error: PacelineError) -> grpc.Status:
+    """Build the status that the client gets for an error."""
+    details = []
+    for message in _details(error):
+        detail = any_pb2.Any()
+        detail.Pack(message)
+        details.append(detail)
+    code: int = grpc.StatusCode[error.grpc_code].value[0]
+    return rpc_status.to_status(
+        status_pb2.Status(code=code, message=_cut(str(error), _MAX_MESSAGE_CHARS), details=details)
+    )
+
+
+def _details(error: PacelineError) -> Iterator[Message]:
+    if isinstance(error, InvalidRequestError):
+        yield error_details_pb2.BadRequest(
+            field_violations=[
+                error_details_pb2.BadRequest.FieldViolation(
+                    field=_cut(violation.field, _MAX_DESCRIPTION_CHARS),
+                    description=_cut(violation.description, _MAX_DESCRIPTION_CHARS),
+                )
+                for violation in error.violations[:_MAX_VIOLATIONS]
+            ]
+        )
+    if isinstance(error, QueueFullError):
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        yield error_details_pb2.RetryInfo(retry_delay=delay)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
