@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ from paceline.errors import ConfigError
 DEFAULT_TRACE = Path(__file__).parent / "traces" / "azure-conversation-2023-excerpt.jsonl"
 
 
-class LoadKind(str, Enum):
+class LoadKind(StrEnum):
     """How requests arrive."""
 
     CLOSED = "closed"

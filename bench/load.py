@@ -55,7 +55,8 @@ def poisson_arrivals(
 ) -> list[PlannedRequest]:
     """Spread requests over time as an open loop: gaps are exponential with mean 1 / rate."""
     random = Random(seed)
-    planned, at_s = [], 0.0
+    planned: list[PlannedRequest] = []
+    at_s = 0.0
     for request in requests:
         planned.append(PlannedRequest(at_s, request.prompt, request.max_tokens))
         at_s += random.expovariate(rate_per_s)
@@ -76,7 +77,7 @@ def read_trace(
 
     Longer prompts and outputs are cut to the given limits. Raises ConfigError with the line.
     """
-    planned = []
+    planned: list[PlannedRequest] = []
     with path.open() as lines:
         for number, line in enumerate(lines, start=1):
             if num_requests is not None and len(planned) == num_requests:

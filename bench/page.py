@@ -1,4 +1,4 @@
-"""Draw a load as one HTML page that needs nothing else: distributions and a timeline of requests."""
+"""Draw a load as one self-contained HTML page: distributions and a timeline of requests."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ PHASE_ORDER = ("queue", "prefill", "kv_transfer", "decode")
 
 
 class Bar(NamedTuple):
-    """A rectangle: position and size along the drawing's width, and what it says when pointed at."""
+    """A rectangle of a drawing, and what it says when pointed at."""
 
     kind: str
     row: float
@@ -35,7 +35,7 @@ class Histogram(NamedTuple):
     bars: list[Bar]
     low_ms: float
     high_ms: float
-    count: int
+    num_values: int
 
 
 def write_page(
@@ -70,7 +70,7 @@ def write_page(
 
 
 def timeline_bars(records: Sequence[RequestRecord], start_s: float, end_s: float) -> Iterator[Bar]:
-    """Lay each request's spans out in its row; transfers lie thinner, over the phases they overlap."""
+    """Lay each request's spans out in its row; transfers lie thinner, over what they overlap."""
     scale = WIDTH / max(end_s - start_s, 1e-9)
     for row, record in enumerate(records):
         for span in record.timeline:

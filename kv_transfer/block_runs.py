@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 
 class BlockRun(NamedTuple):
-    """`count` blocks from `source` on go to `target` on."""
+    """`num_blocks` blocks from `source` on go to `target` on."""
 
     source: int
     target: int
-    count: int
+    num_blocks: int
 
 
 def block_runs(

@@ -1,19 +1,20 @@
 """Rendezvous over the KV session: a torch Store of two, whose keys travel as messages.
 
-torch's own stores listen on a port or need a shared file. This one mirrors each `set` to the peer, which
-is all that a process group of two needs.
+torch's own stores listen on a port or need a shared file. This one mirrors each `set` to the peer,
+which is all that a process group of two needs.
 """
 
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
-import torch.distributed as dist
+# The public names are typed as missing, because torch can be built without them.
+from torch._C._distributed_c10d import Store
 
 from paceline.errors import TransportError
 
 
-class ChannelStore(dist.Store):
+class ChannelStore(Store):
     """One end of the rendezvous for one communicator. Callable on any thread."""
 
     def __init__(self, send: Callable[[str, bytes], None], timeout_s: float) -> None:

@@ -1,7 +1,7 @@
 """A process group of two, from one owner to one reader, and the moving of blocks over it.
 
-Built directly for each ordered pair, never as part of a world, so that one dead peer harms only its own
-pairs. After any error a communicator is good for nothing: it is closed and the pair builds another.
+Built directly for each ordered pair, never as part of a world, so that one dead peer harms only its
+own pairs. After any error a communicator is good for nothing: the pair drops it and builds another.
 """
 
 import ipaddress
@@ -67,7 +67,10 @@ class WriteGate:
 
 
 class Communicator:
-    """One side of a Gloo group of two, with its staging buffers. Used by one thread, `abort` by any."""
+    """One side of a Gloo group of two, with its staging buffers.
+
+    Used by one thread; `abort` by any.
+    """
 
     def __init__(
         self, device: GlooDevice, store: ChannelStore, rank: int, block_bytes: int, timeout_s: float
@@ -126,7 +129,7 @@ class Communicator:
 
 
 def _gather(blocks: ByteArray, ids: Sequence[int], staging: ByteArray) -> None:
-    # NumPy's copies run on this thread alone, with the GIL released; torch's would start more threads.
+    # NumPy copies on this thread alone, with the GIL released; torch would start more threads.
     for source, target, count in block_runs(ids, range(len(ids)), len(staging)):
         staging[target : target + count] = blocks[source : source + count]
 
@@ -150,13 +153,13 @@ def _check_listen_host(host: str) -> None:
         address = ipaddress.ip_address(socket.gethostbyname(host))
         if address.is_unspecified:
             raise ConfigError(
-                f"kv.listen_host is {host}, which peers cannot connect to and which listens on every "
-                "interface. Set one address of this host"
+                f"kv.listen_host is {host}: peers cannot connect to it, and it would listen on "
+                "every interface. Set one address of this host"
             )
         with socket.socket() as probe:
             probe.bind((str(address), 0))
     except OSError as error:
         raise ConfigError(
-            f"kv.listen_host is {host!r}, where this host cannot listen: {error.strerror}. Set one of "
-            "its own addresses, or 127.0.0.1 when all workers are on this host"
+            f"kv.listen_host is {host!r}, where this host cannot listen: {error.strerror}. Set one "
+            "of its own addresses, or 127.0.0.1 when all workers are on this host"
         ) from error

@@ -1,4 +1,4 @@
-"""What both ends of a `torch_distributed` pair are made of: a thread, a rendezvous and a communicator."""
+"""What both ends of a `torch_distributed` pair have: a thread, a rendezvous, a communicator."""
 
 import threading
 from collections.abc import Callable
@@ -67,9 +67,9 @@ class PairEnd:
             store.receive(put.key, put.value)
 
     def communicator(self, generation: int) -> Communicator | None:
-        """Return the communicator of this generation, made now if need be: blocks until the peer comes.
+        """Return the communicator of this generation; None when it has been given up.
 
-        None when it has been given up. Called on the end's own thread.
+        Makes it if need be, and then blocks until the peer comes. On the end's own thread only.
         """
         with self.changed:
             if self._communicator is not None and generation == self.generation:
@@ -87,9 +87,10 @@ class PairEnd:
         return made
 
     def interrupt(self, reason: str) -> None:
-        """Make the end's thread, if it waits for the peer, raise; its communicator is lost by it."""
+        """Drop the communicator, and make the end's thread raise if it waits on it. Any thread."""
         with self.changed:
             store, communicator = self._store, self._communicator
+            self._store = self._communicator = None
             if store is not None:
                 store.close(reason)
         if communicator is not None:

@@ -96,6 +96,6 @@ def decode(payload: bytes) -> PairMessage:
     except (IndexError, struct.error, UnicodeDecodeError) as error:
         raise TransportError(f"a torch_distributed message is damaged: {error}") from error
     raise TransportError(
-        f"a torch_distributed message of {len(payload)} bytes starts with {payload[:1]!r}, which this "
-        "version of paceline does not know"
+        f"a torch_distributed message of {len(payload)} bytes starts with {payload[:1]!r}, which "
+        "this version of paceline does not know"
     )

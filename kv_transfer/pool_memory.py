@@ -2,8 +2,8 @@
 
 It is anonymous (`memfd_create`), so that it goes with the last process that holds it, however that
 process ends; named shared memory would outlive a kill -9. A reader reaches it through the owner's
-`/proc/<pid>/fd/<fd>`. The kernel holds the single-writer rule: the file is sealed against new writable
-mappings, and against shrinking, which would crash whoever has it mapped.
+`/proc/<pid>/fd/<fd>`. The kernel holds the single-writer rule: the file is sealed against new
+writable mappings, and against shrinking, which would crash whoever has it mapped.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ ByteArray = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class MemoryAddress:
-    """Where a process of the same host finds a pool's memory, and how it knows that it is the right one."""
+    """Where processes of the host find a pool's memory, and how they know that it is the right one."""
 
     host: str
     pid: int
@@ -49,8 +49,8 @@ class MemoryAddress:
             address = cls(**fields)
         except (ValueError, TypeError) as error:
             raise TransportError(
-                f"the endpoint {encoded[:80]!r} is not the address of a pool's memory ({error}); the "
-                "owner runs another version of paceline or another transport"
+                f"the endpoint {encoded[:80]!r} is not the address of a pool's memory ({error}); "
+                "the owner runs another version of paceline or another transport"
             ) from error
         numbers = (address.pid, address.fd, address.inode, address.num_bytes)
         if not all(type(number) is int and number >= 0 for number in numbers):
@@ -186,8 +186,8 @@ def _expect_link(path: Path, expected: str) -> None:
     found = os.readlink(path)  # noqa: PTH115 - a Path would drop parts of such a name
     if found != expected:
         raise TransportError(
-            f"{path} is {found!r}, expected {expected!r}: the owner of that memory has ended and its "
-            "process id or descriptor is in use again"
+            f"{path} is {found!r}, expected {expected!r}: the owner of that memory has ended and "
+            "its process id or descriptor is in use again"
         )
 
 

@@ -16,19 +16,19 @@ class KvSettings(BaseModel):
         default=16,
         ge=1,
         le=1024,
-        description="Tokens a KV block. 16 wastes at most 15 slots a sequence, and a block of an 8B "
-        "model (2 MiB) is still large enough to copy at full speed.",
+        description="Tokens a KV block. 16 wastes at most 15 slots a sequence, and a block of an "
+        "8B model (2 MiB) is still large enough to copy at full speed.",
     )
     transport: TransportName = Field(
         default="auto",
-        description="How blocks move between workers. auto takes the fastest that works between the "
-        "two: shm on one host, torch_distributed (Gloo over TCP on CPUs) otherwise.",
+        description="How blocks move between workers. auto takes the fastest that works between "
+        "the two: shm on one host, torch_distributed (Gloo over TCP on CPUs) otherwise.",
     )
     min_transport_gb_per_s: float = Field(
         default=0.0,
         ge=0,
-        description="GB (1e9 bytes) a second that a transport must reach in a probe between the two "
-        "workers; a slower one is refused. 0 accepts any speed.",
+        description="GB (1e9 bytes) a second that a transport must reach in a probe between the "
+        "two workers; a slower one is refused. 0 accepts any speed.",
     )
     lease_ttl_s: float = Field(
         default=5.0,
@@ -45,8 +45,8 @@ class KvSettings(BaseModel):
     read_timeout_s: float = Field(
         default=10.0,
         gt=0,
-        description="Seconds after which one read of blocks has failed. A read takes milliseconds; a "
-        "peer that is silent for this long is broken or stopped.",
+        description="Seconds after which one read of blocks has failed. A read takes milliseconds; "
+        "a peer that is silent for this long is broken or stopped.",
     )
     listen_host: str = Field(
         default="127.0.0.1",

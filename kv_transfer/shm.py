@@ -1,8 +1,8 @@
 """Transport `shm`: a reader on the owner's host maps its pool and copies blocks out of it.
 
-One-sided: the owner takes no part in a read and learns nothing of it, so that a read goes on while the
-owner is busy, stopped or dead. Copies run on one transfer thread for each worker, with the GIL released.
-They are NumPy's: torch would start threads of its own under each thread that copies.
+One-sided: the owner takes no part in a read and learns nothing of it, so that a read goes on while
+the owner is busy, stopped or dead. Copies run on one transfer thread for each worker, with the GIL
+released. They are NumPy's: torch would start threads of its own under each thread that copies.
 """
 
 import logging
@@ -48,11 +48,10 @@ class ShmTransport:
         self, owner: str, owner_incarnation: int, endpoint: bytes, channel: Channel
     ) -> "ShmConnection":
         address = MemoryAddress.decode(endpoint)
-        expected = f"{owner}.{owner_incarnation}"
-        if address.name != expected:
+        if address.name != owner:
             raise TransportError(
-                f"the endpoint of {expected} names the memory of {address.name}: the peer is not who "
-                "it should be"
+                f"the endpoint of {owner} names the memory of {address.name}: the peer is not who it "
+                "should be"
             )
         connection = ShmConnection(self, self._executor, PeerMemory.open(address))
         self._connections.add(connection)

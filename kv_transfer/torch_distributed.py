@@ -1,4 +1,4 @@
-"""Transport `torch_distributed`: a process group of two between each owner and reader, on first use.
+"""Transport `torch_distributed`: a process group of two for each owner and reader, on first use.
 
     reader                    owner
       Ask 1, Ask 2 ──────────▶ is the lease readable?
@@ -6,17 +6,16 @@
       ◀═════════════ blocks 1
       ◀────────── No 2         the lease has gone
 
-The owner serves a reader's asks in their order, one at a time, and each side works on one thread for each
-pair: a thread for all pairs would let one stopped peer hold up everyone's reads, and two workers that
-read from each other would wait in a circle. The threads start with the pair's first read.
+The owner serves a reader's asks in their order, one at a time, and each side works on one thread for
+each pair: with a thread for all pairs, one stopped peer would hold up everyone's reads, and two
+workers that read from each other would wait in a circle. The threads start with the first read.
 
-Whatever fails on the wire closes the communicator and fails its reads; the next read builds another,
+Whatever fails on the wire drops the communicator and fails its reads; the next read builds another,
 under the next generation.
 """
 
 import json
 import logging
-from collections.abc import Sequence
 
 import torch
 
@@ -37,7 +36,7 @@ class TorchDistributedTransport:
     def __init__(self, pool: LocalPool, read_timeout_s: float, listen_host: str) -> None:
         if pool.blocks.device != torch.device("cpu"):
             raise TransportError(
-                f"torch_distributed moves pools in CPU memory, and this one is on {pool.blocks.device}"
+                f"torch_distributed moves pools in CPU memory, this one is on {pool.blocks.device}"
             )
         self._pool = pool
         self._read_timeout_s = read_timeout_s
@@ -65,7 +64,7 @@ class TorchDistributedTransport:
                 f"{self._pool.layout.block_bytes}: the two pools differ in layout"
             )
         connection = PairReader(
-            f"{owner}.{owner_incarnation}",
+            owner,
             num_blocks,
             self._pool,
             channel,
@@ -95,6 +94,6 @@ def _decode_endpoint(endpoint: bytes) -> tuple[int, int]:
         return int(num_blocks), int(block_bytes)
     except (ValueError, TypeError) as error:
         raise TransportError(
-            f"the endpoint {endpoint[:80]!r} is not one of torch_distributed: the owner runs another "
-            "version of paceline or another transport"
+            f"the endpoint {endpoint[:80]!r} is not one of torch_distributed: the owner runs "
+            "another version of paceline or another transport"
         ) from error

@@ -1,4 +1,5 @@
-"""A request between its arrival and its end: journal, attempts, and what it has been through. Pure."""
+"""A request between its arrival and its end: journal, attempts, and what it has been through.
+Pure."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ class WaitingWork:
     choices: tuple[int, ...]
     preempted: bool = False
     is_resumption: bool = False
-    """Whether its dispatch counts as going on elsewhere: it ran before and was not merely refused."""
+    """Whether its dispatch counts as going on elsewhere: it ran before and was not merely
+    refused."""
 
 
 @dataclass(slots=True, eq=False)

@@ -33,7 +33,8 @@ class AttemptEvent(Enum):
 
 TRANSITIONS: dict[tuple[AttemptState, AttemptEvent], AttemptState] = {
     (AttemptState.SENT, AttemptEvent.ADMISSION): AttemptState.ADMITTED,
-    # A refusal, a failure, a cancel, or a first token that is the last one (from the prefill worker).
+    # A refusal, a failure, a cancel, or a first token that is the last one (from the prefill
+    # worker).
     (AttemptState.SENT, AttemptEvent.LAST_CHOICE_GONE): AttemptState.ENDED,
     (AttemptState.ADMITTED, AttemptEvent.DECODE_TOKEN): AttemptState.DECODING,
     (AttemptState.ADMITTED, AttemptEvent.LAST_CHOICE_GONE): AttemptState.ENDED,
@@ -60,8 +61,8 @@ class Attempt:
         state = TRANSITIONS.get((self.state, event))
         if state is None:
             raise IntegrityError(
-                f"attempt {self.key.attempt} of {self.key.request_id} is {self.state.name} and cannot "
-                f"take the event {event.name}"
+                f"attempt {self.key.attempt} of {self.key.request_id} is {self.state.name} and "
+                f"cannot take the event {event.name}"
             )
         self.state = state
 

@@ -1,8 +1,9 @@
 """Decide what happens to every request. Pure: events and the time come in, commands go out.
 
-A request is a set of choices. Each choice is, until it finishes, either waiting (part of one WaitingWork)
-or running (part of one Attempt); `attempt.TRANSITIONS` is the life of an attempt. Events of workers name
-attempts by stream ids or keys; those of ended attempts are unknown here, and so are dropped.
+A request is a set of choices. Each choice is, until it finishes, either waiting (part of one
+WaitingWork) or running (part of one Attempt); `attempt.TRANSITIONS` is the life of an attempt.
+Events of workers name attempts by stream ids or keys; those of ended attempts are unknown here,
+and so are dropped.
 """
 
 import logging
@@ -103,8 +104,8 @@ class Dispatcher:
             else "it was still waiting for a worker"
         )
         message = (
-            f"{now - request.arrived_s:.3f} s have passed and {where} (queue {times.queue_s:.3f} s); "
-            f"the limit was {limit}. Allow more time, lower max_tokens, or add workers"
+            f"{now - request.arrived_s:.3f} s have passed and {where} (queue {times.queue_s:.3f} "
+            f"s); the limit was {limit}. Allow more time, lower max_tokens, or add workers"
         )
         self.fail(request, DeadlineExceededError(message), now)
 
@@ -151,7 +152,8 @@ class Dispatcher:
         cached_tokens: int,
         now: float,
     ) -> None:
-        """Take a worker's answer to a dispatch; `message` is None if it was admitted, else why not."""
+        """Take a worker's answer to a dispatch; `message` is None if it was admitted, else why
+        not."""
         found = self._attempts.get(key)
         if found is None:
             return
@@ -287,8 +289,9 @@ class Dispatcher:
             request.first_dispatch_s = now
         journal = request.journal
         alone = len(work.choices) == 1
-        # Choices that go on apart have a name of their own at the workers, where a newer attempt of a
-        # request ends the older ones: attempts of their siblings are not older, they are others.
+        # Choices that go on apart have a name of their own at the workers, where a newer attempt
+        # of a request ends the older ones: attempts of their siblings are not older, they are
+        # others.
         name = request.wire_id
         if len(work.choices) < len(journal.choices):
             name += "/" + "+".join(map(str, work.choices))
@@ -431,8 +434,8 @@ class Dispatcher:
         names = ", ".join(sorted(worker_id for worker_id, _ in request.deaths))
         return RequestFailedError(
             f"{len(request.deaths)} workers died while they worked on this request ({names}), and "
-            f"router.max_worker_deaths is {self._settings.max_worker_deaths}; if the workers' logs show "
-            "that it was not the request's fault, send it again or raise that setting"
+            f"router.max_worker_deaths is {self._settings.max_worker_deaths}; if the workers' "
+            "logs show that it was not the request's fault, send it again or raise that setting"
         )
 
     def _new_stream_id(self) -> int:

@@ -1,7 +1,7 @@
 """The way in and out of the dispatcher for one request, whatever API it came by.
 
-`Generations.start` validates and queues a request; the Generation that it returns is awaited for output and
-must be closed, which frees everything that the request still holds.
+`Generations.start` validates and queues a request; the Generation that it returns is awaited for
+output and must be closed, which frees everything that the request still holds.
 """
 
 import asyncio
@@ -141,7 +141,8 @@ class Generation:
         return self._request.phase_times()
 
     def timeline(self) -> list[Span]:
-        """Return where the request was when, by Unix time: the router's own spans and the workers'."""
+        """Return where the request was when, by Unix time: the router's own spans and the
+        workers'."""
         return self._owner.timeline(self._request)
 
     def start_deadline(self, timeout_s: float, limit: str) -> None:

@@ -44,8 +44,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, generations: Generations) -> None:
         self._generations = generations
 
-    # The stub wants an iterator; gRPC also takes a coroutine that writes to the context, and cancels
-    # it, so that its `finally` runs at once, when the client goes away.
+    # The stub wants an iterator; gRPC also takes a coroutine that writes to the context, and
+    # cancels it, so that its `finally` runs at once, when the client goes away.
     async def Generate(  # type: ignore[override]
         self, request: inference_pb2.GenerateRequest, context: _GenerateContext
     ) -> None:

@@ -1,7 +1,7 @@
 """What a request has said so far: the one place where a token becomes final. Pure.
 
-Each choice keeps the first token of every index, in order; what comes early waits for the gap to close.
-A token that was kept is never changed or taken back, whichever attempt sent it.
+Each choice keeps the first token of every index, in order; what comes early waits for the gap to
+close. A token that was kept is never changed or taken back, whichever attempt sent it.
 """
 
 from typing import NamedTuple, Protocol
@@ -73,7 +73,8 @@ class ChoiceJournal:
         self._end: tuple[int, FinishReason] | None = None
 
     def add(self, index: int, token_id: int, logprobs: Logprobs | None = None) -> bool:
-        """Take a token of the current attempt; say whether a stop string has ended the choice now."""
+        """Take a token of the current attempt; say whether a stop string has ended the choice
+        now."""
         if self.finish_reason is not None:
             return False
         next_index = len(self.output)

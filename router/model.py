@@ -6,7 +6,8 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """Name and limits of the model; the cluster reads them once, so that router and workers agree."""
+    """Name and limits of the model; the cluster reads them once, so that router and workers
+    agree."""
 
     name: str
     max_model_len: int

@@ -14,8 +14,8 @@ UNLIMITED_LOCAL_PREFILL = 2**32 - 1
 """`Welcome.local_prefill_tokens` of a worker that computes prompts of any length itself."""
 
 PREEMPTION_GROWTH_BLOCKS = 4
-"""Growth blocks a choice that a preempted request needs to come back, so that it is not preempted again
-at once; others need one."""
+"""Growth blocks a choice that a preempted request needs to come back, so that it is not preempted
+again at once; others need one."""
 
 
 class Role(Enum):
@@ -193,10 +193,12 @@ class Placement:
     def why_too_large(
         self, num_prompt_tokens: int, num_choices: int, max_tokens: int
     ) -> str | None:
-        """Say why no pool seen so far could ever run a request; None when one can or none is known."""
+        """Say why no pool seen so far could ever run a request; None when one can or none is
+        known."""
         decode = self._largest.get(Role.DECODE)
         if decode is not None:
-            # All choices must fit at their start, and each alone when it resumes before its last token.
+            # All choices must fit at their start, and each alone when it resumes before its last
+            # token.
             first = Need(num_prompt_tokens, num_choices)
             last = Need(num_prompt_tokens + max_tokens - 1, 1)
             blocks = max(
@@ -205,9 +207,9 @@ class Placement:
             if blocks > decode.num_blocks:
                 return (
                     f"{num_prompt_tokens} prompt and up to {max_tokens} output tokens of "
-                    f"{num_choices} choice(s) need {blocks} KV blocks of {decode.block_tokens} tokens, "
-                    f"and the largest decode worker has {decode.num_blocks}; shorten the prompt, lower "
-                    "max_tokens or n, or raise decode.num_kv_blocks"
+                    f"{num_choices} choice(s) need {blocks} KV blocks of {decode.block_tokens} "
+                    f"tokens, and the largest decode worker has {decode.num_blocks}; shorten the "
+                    "prompt, lower max_tokens or n, or raise decode.num_kv_blocks"
                 )
         prefill = self._largest.get(Role.PREFILL)
         if prefill is not None and (

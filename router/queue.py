@@ -2,8 +2,8 @@
 
 Two parts. Resumed work (it ran before and lost its worker) stands at the head, ordered by the
 request's first arrival, and is never refused. New work waits in one line per tenant; tenants take
-turns. Whoever is at the head blocks those behind it until it can be placed, so large requests do not
-starve; only work that waits out a backoff lets others pass.
+turns. Whoever is at the head blocks those behind it until it can be placed, so large requests do
+not starve; only work that waits out a backoff lets others pass.
 """
 
 import heapq
@@ -64,7 +64,8 @@ class WaitingQueue(Generic[T]):
             )
 
     def retry_after_s(self) -> float:
-        """Estimate when a tenth of the queue will have left, from the pace of the last departures."""
+        """Estimate when a tenth of the queue will have left, from the pace of the last
+        departures."""
         if self._mean_interval_s is None:
             return 1.0
         wanted = max(1, self._num_new // 10)

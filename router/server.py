@@ -149,8 +149,8 @@ class Router:
             port = server.add_insecure_port(wanted)
         except RuntimeError as error:
             raise ConfigError(
-                f"the router cannot listen on {wanted}: {error}. Stop what uses the port, or change "
-                "router.grpc_port (0 takes a free one) or router.host"
+                f"the router cannot listen on {wanted}: {error}. Stop what uses the port, or "
+                "change router.grpc_port (0 takes a free one) or router.host"
             ) from error
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await server.start()
@@ -165,7 +165,8 @@ class Router:
         )
 
     async def stop(self) -> None:
-        """Refuse new requests, let running ones go on for `router.drain_timeout_s`, then end them."""
+        """Refuse new requests, let running ones go on for `router.drain_timeout_s`, then end
+        them."""
         if self._server is not None:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(self._settings.drain_timeout_s)
@@ -181,7 +182,8 @@ class Router:
         self._tokenizer.close()
 
     async def update_membership(self, version: int, workers: Sequence[WorkerMember]) -> None:
-        """Connect to these workers and to no others. A version that is not newer changes nothing."""
+        """Connect to these workers and to no others. A version that is not newer changes
+        nothing."""
         async with self._membership_lock:
             if version <= self._membership_version:
                 return

@@ -11,8 +11,8 @@ class RouterSettings(BaseModel):
     replicas: int = Field(default=1, ge=1, description="Router processes; each has its own queue.")
     host: str = Field(
         default="127.0.0.1",
-        description="Address to listen on; the default is not reachable from other machines, because "
-        "there is no authentication yet.",
+        description="Address to listen on; the default is not reachable from other machines, "
+        "because there is no authentication yet.",
     )
     grpc_port: int = Field(
         default=50051,
@@ -23,14 +23,14 @@ class RouterSettings(BaseModel):
     max_queue_requests: int = Field(
         default=1024,
         ge=1,
-        description="Requests that may wait for a worker; a further one is refused with a retry delay. "
-        "Resumed requests do not count: they have been accepted already.",
+        description="Requests that may wait for a worker; a further one is refused with a retry "
+        "delay. Resumed requests do not count: they have been accepted already.",
     )
     default_timeout_s: float = Field(
         default=1800.0,
         gt=0,
-        description="Seconds that a request may take when its client names no timeout; it ends requests "
-        "whose client hangs without closing its connection.",
+        description="Seconds that a request may take when its client names no timeout; it ends "
+        "requests whose client hangs without closing its connection.",
     )
     max_timeout_s: float = Field(
         default=86400.0,
@@ -46,8 +46,8 @@ class RouterSettings(BaseModel):
     max_internal_failures: int = Field(
         default=2,
         ge=1,
-        description="A request that workers have given back this often because of an internal error "
-        "fails: the error would most likely return.",
+        description="A request that workers have given back this often because of an internal "
+        "error fails: the error would most likely return.",
     )
     retry_backoff_s: float = Field(
         default=0.005,
@@ -63,8 +63,8 @@ class RouterSettings(BaseModel):
     worker_silence_limit_s: float = Field(
         default=15.0,
         gt=0,
-        description="A worker whose stream carries no message for this many seconds counts as lost; "
-        "several times the workers' heartbeat, because a loaded machine delays them.",
+        description="A worker whose stream carries no message for this many seconds counts as "
+        "lost; several times the workers' heartbeat, because a loaded machine delays them.",
     )
     connect_timeout_s: float = Field(
         default=5.0, gt=0, description="Seconds for a worker to answer a new stream's Hello."
@@ -72,12 +72,14 @@ class RouterSettings(BaseModel):
     max_reconnect_backoff_s: float = Field(
         default=2.0,
         gt=0,
-        description="Longest wait in seconds between attempts to reach a worker; the first is 0.05.",
+        description="Longest wait in seconds between attempts to reach a worker; the first is "
+        "0.05.",
     )
     tokenizer_threads: int = Field(
         default=2,
         ge=1,
-        description="Threads that tokenize prompts beside the event loop; they hold no GIL meanwhile.",
+        description="Threads that tokenize prompts beside the event loop; they hold no GIL "
+        "meanwhile.",
     )
     max_request_bytes: int = Field(
         default=4 << 20,

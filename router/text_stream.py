@@ -1,7 +1,7 @@
 """From the tokens of one choice to its text: incremental decoding and stop strings.
 
-Tokens go in one at a time; text comes out as soon as it is certain. It lags the tokens while a character
-is incomplete, and while its end could be the beginning of a stop string.
+Tokens go in one at a time; text comes out as soon as it is certain. It lags the tokens while a
+character is incomplete, and while its end could be the beginning of a stop string.
 """
 
 from collections.abc import Collection, Sequence
@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 PRIMING_TOKENS = 6
-"""Last prompt tokens that the decoder sees first, so that it keeps the space before the first word."""
+"""Last prompt tokens that the decoder sees first, so that it keeps the space before the first
+word."""
 
 
 class TextStream:

@@ -20,8 +20,8 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_toke
 class PromptTokenizer:
     """Tokenizer and chat template of a model's folder.
 
-    Special tokens around plain text are those of the post-processor in tokenizer.json; around chat, those
-    that the template writes.
+    Special tokens around plain text are those of the post-processor in tokenizer.json; around
+    chat, those that the template writes.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class PromptTokenizer:
         return await self._in_thread(lambda: self._encode(text, "text", special=True))
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Render and tokenize a conversation; raises InvalidRequestError if it cannot be rendered."""
+        """Render and tokenize a conversation; raises InvalidRequestError if it cannot be
+        rendered."""
         template = self._template
         if template is None:
             raise InvalidRequestError(

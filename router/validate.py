@@ -34,7 +34,8 @@ def envelope_violations(
     if math.isnan(timeout_s) or not 0 <= timeout_s <= settings.max_timeout_s:
         yield FieldViolation(
             "timeout_s",
-            f"must be between 0 and {settings.max_timeout_s} (router.max_timeout_s), got {timeout_s}",
+            f"must be between 0 and {settings.max_timeout_s} (router.max_timeout_s), got "
+            f"{timeout_s}",
         )
 
 
@@ -58,20 +59,20 @@ def prompt_violations(
         position = next(i for i, token_id in enumerate(token_ids) if token_id >= model.vocab_size)
         yield FieldViolation(
             field,
-            f"the model has token ids from 0 to {model.vocab_size - 1}; {count} of the prompt's are "
-            f"larger, the first is {token_ids[position]} at position {position}",
+            f"the model has token ids from 0 to {model.vocab_size - 1}; {count} of the prompt's "
+            f"are larger, the first is {token_ids[position]} at position {position}",
         )
     if num_tokens >= limit:
         yield FieldViolation(
             field,
-            f"the prompt has {num_tokens} tokens, and model.max_model_len is {limit} for prompt and "
-            f"output together; shorten the prompt to at most {limit - 1} tokens, or raise that setting "
-            "if the model allows",
+            f"the prompt has {num_tokens} tokens, and model.max_model_len is {limit} for prompt "
+            f"and output together; shorten the prompt to at most {limit - 1} tokens, or raise that "
+            "setting if the model allows",
         )
     elif sampling.max_tokens is not None and num_tokens + sampling.max_tokens > limit:
         yield FieldViolation(
             "sampling.max_tokens",
             f"{num_tokens} prompt tokens and max_tokens {sampling.max_tokens} are "
-            f"{num_tokens + sampling.max_tokens} together, and model.max_model_len is {limit}; lower "
-            f"max_tokens to at most {limit - num_tokens}, or leave it out",
+            f"{num_tokens + sampling.max_tokens} together, and model.max_model_len is {limit}; "
+            f"lower max_tokens to at most {limit - num_tokens}, or leave it out",
         )

@@ -1,7 +1,8 @@
 """The router's stream to one worker: gRPC in, dispatcher events out, and reconnection.
 
-One link lives as long as membership names its worker. A broken or silent stream means that the worker is lost,
-at once; a stream that comes back counts as a worker that joined, without the work it had.
+One link lives as long as membership names its worker. A broken or silent stream means that the
+worker is lost, at once; a stream that comes back counts as a worker that joined, without the work
+it had.
 """
 
 import asyncio
@@ -142,7 +143,8 @@ class WorkerLink:
             self.member.incarnation,
         ):
             raise UnavailableError(
-                f"{self.member.address} is {welcome.worker_id} of incarnation {welcome.incarnation}, "
+                f"{self.member.address} is {welcome.worker_id} of incarnation "
+                f"{welcome.incarnation}, "
                 f"but {self.member.worker_id} of incarnation {self.member.incarnation} was meant"
             )
         return welcome

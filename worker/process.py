@@ -42,7 +42,7 @@ from paceline.worker.step_loop import StepLoop
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.25
-"""How often an idle worker speaks; a lease lives for several of these."""
+"""How often an idle worker tells its load."""
 STOP_TIMEOUT_S = 10.0
 Result = TypeVar("Result")
 
@@ -285,8 +285,8 @@ class WorkerProcess:
             parts.transport,
             wired.import_listener,
             parts.failpoints,
-            heartbeat_s=HEARTBEAT_S,
-            verdict_timeout_s=self.spec.kv.verdict_timeout_s,
+            heartbeat_s=self.spec.kv.heartbeat_s,
+            verdict_timeout_s=self.spec.kv.read_timeout_s,
         )
         wired.connect(owner, self._reader)
         servicer = WorkerServicer(

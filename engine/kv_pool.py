@@ -1,0 +1,95 @@
+"""A worker's KV memory: how many blocks fit, and the views that kernels work on."""
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from paceline.errors import CapacityError, ConfigError
+from paceline.kv_layout import KvLayout
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+RESERVED_BYTES = 256 << 20
+"""Left free for activations and the process itself when a pool is sized."""
+
+
+class KvPool:
+    """Blocks of KV in one piece of memory, which the caller owns and may share with readers."""
+
+    def __init__(self, layout: KvLayout, blocks: torch.Tensor) -> None:
+        """Take `blocks`, uint8 [num_blocks, block_bytes], contiguous."""
+        if len(layout.groups) != 1 or len(layout.groups[0].planes) != 1:
+            raise ConfigError(
+                f"The KV layout has {len(layout.groups)} groups; one group of one plane is "
+                "implemented. Use paceline.kv_layout.attention_layout."
+            )
+        if blocks.dtype is not torch.uint8 or list(blocks.shape[1:]) != [layout.block_bytes]:
+            raise ValueError(
+                f"blocks must be uint8 [n, {layout.block_bytes}], got {blocks.dtype} "
+                f"{list(blocks.shape)}"
+            )
+        plane = layout.groups[0].planes[0]
+        self.layout = layout
+        self.blocks = blocks
+        self.kv = blocks.view(TORCH_DTYPES[plane.dtype]).view(-1, *plane.shape)
+        """[num_blocks, layers, kv_heads, k|v, block_tokens, head_dim]"""
+
+    @property
+    def num_blocks(self) -> int:
+        return self.blocks.shape[0]
+
+
+def num_blocks_that_fit(
+    layout: KvLayout,
+    *,
+    num_kv_blocks: int | None,
+    kv_cache_bytes: int,
+    available_bytes: int,
+) -> int:
+    """Return how many blocks the pool gets.
+
+    Raises CapacityError if the memory is not there, naming the largest value that is.
+    """
+    block_bytes = layout.block_bytes
+    name = "kv_cache_bytes" if num_kv_blocks is None else "num_kv_blocks"
+    count = kv_cache_bytes // block_bytes if num_kv_blocks is None else num_kv_blocks
+    if count < 2:
+        raise CapacityError(
+            f"kv_cache_bytes is {kv_cache_bytes} bytes, and a block of {layout.block_tokens} tokens "
+            f"takes {block_bytes}: a pool needs at least 2 blocks. Raise kv_cache_bytes to at least "
+            f"{2 * block_bytes}, or set num_kv_blocks."
+        )
+    largest = max(0, available_bytes - RESERVED_BYTES) // block_bytes
+    if count > largest:
+        best = largest * block_bytes if num_kv_blocks is None else largest
+        asked = kv_cache_bytes if num_kv_blocks is None else num_kv_blocks
+        raise CapacityError(
+            f"The KV pool needs {_gib(count * block_bytes)} ({name} {asked}), and "
+            f"{_gib(available_bytes)} of memory is free here, of which {_gib(RESERVED_BYTES)} stays "
+            f"reserved. Lower {name} to at most {best}, or run fewer workers on this machine."
+        )
+    return count
+
+
+def available_memory_bytes() -> int:
+    """Return the memory this process can still get: the machine's, or its control group's if less."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = (group / "memory.stat").read_text().split()
+    except (OSError, ValueError):  # no such control group, or its limit is "max"
+        return available
+    values = dict(zip(stat[::2], stat[1::2], strict=False))
+    # The page cache counts as used and is given back on demand.
+    reclaimable = int(values.get("inactive_file", 0)) + int(values.get("active_file", 0))
+    return min(available, max(0, limit - used + reclaimable))
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.2f} GiB"
