@@ -25,7 +25,7 @@ class Start(NamedTuple):
     """Start a process under this id; the incarnation is the controller's to choose."""
 
     role: Role
-    index: int
+    number: int
 
 
 class Drain(NamedTuple):
@@ -50,14 +50,14 @@ def plan(
 
     Every process that is not DEAD keeps its id, so that two of one id never live at once. A death is
     repaired under the same id, when `back_off` allows it. Too many: those still STARTING go first,
-    then the highest index.
+    then the highest number.
     """
     actions: list[Action] = list(_finished_drains(seen, now))
     for role, num_wanted in wanted.items():
         members = [s for s in seen if s.name.role is role and s.state is not ProcessState.DEAD]
         live = [s for s in members if s.state in LIVE]
         actions.extend(_surplus(live, len(live) - num_wanted))
-        taken = {s.name.index for s in members}
+        taken = {s.name.number for s in members}
         actions.extend(_missing(role, num_wanted - len(live), taken, back_off, now))
     return actions
 
@@ -71,7 +71,7 @@ def _finished_drains(seen: Sequence[Seen], now: float) -> Iterator[Stop]:
 
 
 def _surplus(live: Sequence[Seen], count: int) -> Iterator[Action]:
-    victims = sorted(live, key=lambda s: (s.state is not ProcessState.STARTING, -s.name.index))
+    victims = sorted(live, key=lambda s: (s.state is not ProcessState.STARTING, -s.name.number))
     for process in victims[: max(0, count)]:
         if process.state is ProcessState.STARTING:
             yield Stop(process.name)
@@ -82,8 +82,8 @@ def _surplus(live: Sequence[Seen], count: int) -> Iterator[Action]:
 def _missing(
     role: Role, count: int, taken: set[int], back_off: BackOff, now: float
 ) -> Iterator[Start]:
-    free = (index for index in itertools.count() if index not in taken)
-    for index in itertools.islice(free, max(0, count)):
+    free = (number for number in itertools.count() if number not in taken)
+    for number in itertools.islice(free, max(0, count)):
         # An id that has to wait is not replaced by another one: that would be no wait at all.
-        if back_off.may_start(f"{role.value}-{index}", now):
-            yield Start(role, index)
+        if back_off.may_start(f"{role.value}-{number}", now):
+            yield Start(role, number)

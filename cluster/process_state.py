@@ -48,13 +48,13 @@ class ProcessName(NamedTuple):
     """One start of a process; never reused. Written `decode-0.1763915000000000000`."""
 
     role: Role
-    index: int
+    number: int
     incarnation: int
 
     @property
     def worker_id(self) -> str:
         """The place that a replacement takes over, such as decode-0."""
-        return f"{self.role.value}-{self.index}"
+        return f"{self.role.value}-{self.number}"
 
     def __str__(self) -> str:
         return f"{self.worker_id}.{self.incarnation}"
@@ -63,7 +63,7 @@ class ProcessName(NamedTuple):
     def parse(cls, text: str) -> "ProcessName | None":
         """Read a name; None if the text is not one."""
         worker_id, _, incarnation = text.rpartition(".")
-        role, _, index = worker_id.rpartition("-")
-        if role not in {r.value for r in Role} or not index.isdigit() or not incarnation.isdigit():
+        role, _, number = worker_id.rpartition("-")
+        if role not in {r.value for r in Role} or not number.isdigit() or not incarnation.isdigit():
             return None
-        return cls(Role(role), int(index), int(incarnation))
+        return cls(Role(role), int(number), int(incarnation))

@@ -72,6 +72,12 @@ class ControllerSettings(BaseModel):
         description="Seconds that running requests get to finish before a drained worker is stopped; "
         "what still runs then goes on at another worker.",
     )
+    router_silence_limit_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="A router that has not answered the controller for this many seconds counts as "
+        "dead. Workers have their pool's progress_timeout_s.",
+    )
     first_back_off_s: float = Field(
         default=1.0,
         gt=0,

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
 
 from paceline.engine.chunking import PrefillProgress
 from paceline.engine.prefix_cache import ChainPosition
@@ -16,10 +15,10 @@ from paceline.request import FinishReason, Work
 class AttemptState(Enum):
     """What an attempt waits for.
 
-        IMPORTING ──reads ended──> UNCONFIRMED ──held──> RUNNING ──> ENDED
-            │                          │                   ↑
-            │                          └──> ENDED      PREFILLING ──> ENDED
-            └──given up──> DRAINING_IMPORT ──nothing writes any more──> ENDED
+    IMPORTING ──reads ended──> UNCONFIRMED ──held──> RUNNING ──> ENDED
+        │                          │                   ↑
+        │                          └──> ENDED      PREFILLING ──> ENDED
+        └──given up──> DRAINING_IMPORT ──nothing writes any more──> ENDED
     """
 
     IMPORTING = "importing"
@@ -71,7 +70,8 @@ SEQUENCE_MOVES = {
 }
 
 
-class OutputToken(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class OutputToken:
     """A token that is reported outside of the columns of a step."""
 
     stream_id: int
@@ -131,6 +131,8 @@ class Attempt(PrefillProgress):
     state: AttemptState
     renewed_s: float
     """When its prefill was last seen to progress."""
+    number: int = 0
+    """Counts admissions: its age among the attempts here. Set by the roster."""
     sequences: tuple[Sequence, ...] = ()
     owns_blocks: bool = True
     """Whether the references to `context_block_ids` are the attempt's own: until it forks."""

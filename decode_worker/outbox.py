@@ -5,11 +5,8 @@ import numpy.typing as npt
 
 from paceline.decode_worker.attempts import OutputToken
 from paceline.decode_worker.outcomes import DecodeStep, EndedAttempt, SequenceFailure
-from paceline.engine.step_plan import TopLogprobs
 from paceline.request import AttemptKey, FinishReason
-from paceline.worker.step_output import StepOutput, Uint32Array
-
-Uint8Array = npt.NDArray[np.uint8]
+from paceline.worker.step_output import StepOutput
 
 
 class Outbox:
@@ -88,23 +85,23 @@ class Outbox:
 def _joined(tokens: list[OutputToken], rest: StepOutput | None) -> StepOutput:
     ends = [token for token in tokens if token.finish_reason is not None]
     logprobs = {i: token.logprobs for i, token in enumerate(tokens) if token.logprobs is not None}
-    columns: tuple[Uint32Array, ...] = (
+    first = StepOutput(
         np.array([token.stream_id for token in tokens], dtype=np.uint32),
         np.array([token.index for token in tokens], dtype=np.uint32),
         np.array([token.token_id for token in tokens], dtype=np.uint32),
         np.array([token.stream_id for token in ends], dtype=np.uint32),
+        np.array([_value(token.finish_reason) for token in ends], dtype=np.uint8),
+        logprobs,
     )
-    reasons: Uint8Array = np.array([_value(token.finish_reason) for token in ends], dtype=np.uint8)
     if rest is None:
-        return StepOutput(*columns, reasons, logprobs)
-    first: dict[int, TopLogprobs] = {len(tokens) + i: top for i, top in rest.logprobs.items()}
+        return first
     return StepOutput(
-        np.concatenate((columns[0], rest.stream_ids)),
-        np.concatenate((columns[1], rest.indices)),
-        np.concatenate((columns[2], rest.token_ids)),
-        np.concatenate((columns[3], rest.finished_stream_ids)),
-        np.concatenate((reasons, rest.finish_reasons)),
-        logprobs | first,
+        np.concatenate((first.stream_ids, rest.stream_ids)),
+        np.concatenate((first.indices, rest.indices)),
+        np.concatenate((first.token_ids, rest.token_ids)),
+        np.concatenate((first.finished_stream_ids, rest.finished_stream_ids)),
+        np.concatenate((first.finish_reasons, rest.finish_reasons)),
+        logprobs | {len(tokens) + i: top for i, top in rest.logprobs.items()},
     )
 
 

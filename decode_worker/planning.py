@@ -75,27 +75,208 @@ class StepPlanner:
     def plan(self, now: float) -> tuple[StepPlan, UnappliedStep] | None:
         """Plan the next step, preempting where running sequences cannot grow otherwise."""
         roster, batch = self._roster, self._roster.batch
+        self._make_room(now)
         builder = StepPlanBuilder(roster.last_planned_step + 1)
         if self._imported:
             self._start_imported(builder, now)
         if self._forked:
             self._copy_shared_blocks(builder)
-        stalled = self._grow(builder, now)
+        stalled = self._grow(builder)
         positions = self._add_decode_rows(builder, stalled)
-        covers_batch = builder.num_samples == batch.num_rows
-        version = batch.version if covers_batch and not batch.num_given else None
+        version = batch.version if builder.num_samples == batch.num_rows else None
         if batch.num_given:
-            positions += self._add_given_rows(builder)
+            positions.append(self._add_given_rows(builder))
         chunks: tuple[PlannedChunk, ...] = ()
         if self._prompts:
             version = None
             chunks = self._add_chunks(builder, positions, now)
         if not builder.has_rows:
-            # Slots that were started are started again: nothing of this plan reaches the runner.
-            return None
+            return None  # whatever starts, copies or grows has a row, so nothing is forgotten here
         plan = builder.build()
         roster.last_planned_step = plan.step_id
-        joined = positions[0] if len(positions) == 1 else np.concatenate(positions)
         return plan, UnappliedStep(
-            plan.step_id, version, plan.sample_slots, plan.sample_indices, joined, chunks
+            plan.step_id,
+            version,
+            plan.sample_slots,
+            plan.sample_indices,
+            positions[0] if len(positions) == 1 else _joined(positions),
+            chunks,
         )
+
+    def _make_room(self, now: float) -> None:
+        """Preempt until the sequences that need a block can have one, now or after the steps in flight."""
+        roster, batch = self._roster, self._roster.batch
+        while True:
+            rows = batch.rows_at_capacity()
+            if not len(rows):
+                return
+            num_lacking = len(rows) - int(batch.promised[rows].sum()) - roster.budget.num_spare
+            if num_lacking <= 0 or num_lacking <= roster.departures.num_blocks_coming():
+                return
+            victim = choose_victim(tuple(roster.attempts.values()))
+            if victim is None:
+                return
+            message = (
+                f"{num_lacking} KV blocks are lacking for older sequences, all "
+                f"{self._allocator.num_blocks} are in use or promised. If this happens often, raise "
+                "decode.num_kv_blocks or decode.watermark, or lower decode.max_num_seqs"
+            )
+            roster.fail(list(victim.sequences), FailureReason.PREEMPTED, message, now)
+            roster.departures.settle(roster.last_applied_step)
+
+    def _start_imported(self, builder: StepPlanBuilder, now: float) -> None:
+        tables = self._roster.tables
+        for attempt in self._imported:
+            if attempt.state is AttemptState.ENDED:
+                continue
+            attempt.running_s = now
+            work = attempt.work
+            forked = self._roster.fork(attempt, next_index=work.next_index + 1, is_given=True)
+            for sequence in forked:
+                assert sequence.first_token is not None
+                first = np.array([sequence.first_token], dtype=np.int32)
+                tables.tokens[sequence.slot, attempt.num_tokens] = first[0]
+                self._start(builder, sequence, np.concatenate((work.output, first)))
+            self._forked += forked
+        self._imported = []
+
+    def _copy_shared_blocks(self, builder: StepPlanBuilder) -> None:
+        """Give each fork its own partial last block, before any of them writes."""
+        roster, batch = self._roster, self._roster.batch
+        for sequence in self._forked:
+            if sequence.state is not SequenceState.RUNNING or not sequence.num_copies_promised:
+                continue
+            sequence.num_copies_promised = 0
+            row, table = batch.row_of(sequence), roster.tables.block_table[sequence.slot]
+            column = sequence.attempt.num_tokens // self._limits.block_tokens
+            source = int(table[column])
+            writes = batch.next_indices[row] <= batch.last_indices[row]
+            if not writes or not self._allocator.is_shared(source):
+                roster.budget.promise(-1)
+                continue
+            [target] = roster.budget.allocate(1, num_promised=1)
+            table[column] = target
+            builder.copy_block(source, target)
+            builder.set_blocks(sequence.slot, column, (target,))
+            self._allocator.release((source,))
+        self._forked = []
+
+    def _grow(self, builder: StepPlanBuilder) -> Rows:
+        """Give a block to each row that needs one, the oldest first; returns the rows left without."""
+        roster, batch = self._roster, self._roster.batch
+        rows = batch.rows_at_capacity()
+        if not len(rows):
+            return rows
+        num_promised = int(batch.promised[rows].sum())
+        stalled = rows[:0]
+        if len(rows) - num_promised > roster.budget.num_spare:
+            rows, stalled = self._oldest_first(rows)
+            num_promised = int(batch.promised[rows].sum())
+        slots, columns = batch.slots[rows], batch.capacities[rows] // self._limits.block_tokens
+        block_ids = roster.budget.allocate(len(rows), num_promised)
+        roster.tables.block_table[slots, columns] = block_ids
+        batch.capacities[rows] += self._limits.block_tokens
+        batch.promised[rows] = 0
+        for slot, column, block_id in zip(slots.tolist(), columns.tolist(), block_ids, strict=True):
+            builder.set_blocks(slot, column, (block_id,))
+        return stalled
+
+    def _oldest_first(self, rows: Rows) -> tuple[Rows, Rows]:
+        """Split rows into those that get a block and those that wait a step."""
+        batch, num_left = self._roster.batch, self._roster.budget.num_spare
+
+        def age(row: int) -> tuple[int, int]:
+            sequence = batch.sequences[row]
+            return sequence.attempt.number, sequence.choice
+
+        granted, stalled = [], []
+        for row in sorted(rows.tolist(), key=age):
+            if batch.promised[row]:
+                granted.append(row)
+            elif num_left > 0:
+                num_left -= 1
+                granted.append(row)
+            else:
+                stalled.append(row)
+        return np.array(granted, dtype=np.intp), np.array(stalled, dtype=np.intp)
+
+    def _add_decode_rows(self, builder: StepPlanBuilder, stalled: Rows) -> list[Int32Array]:
+        """Add a row for every sequence that can go on from its last sample."""
+        batch = self._roster.batch
+        size = batch.num_rows
+        if not size:
+            return []
+        blocked = batch.exhausted()
+        if len(stalled):
+            blocked[stalled] = True
+        if batch.num_given:
+            blocked |= batch.is_given[:size]
+        if np.count_nonzero(blocked):
+            rows = np.flatnonzero(~blocked)
+            slots, starts = batch.slots[rows], batch.positions[rows]
+            builder.add_decode_rows(slots, starts, batch.next_indices[rows])
+            batch.advance(rows)
+        else:
+            starts = batch.positions[:size].copy()
+            builder.add_decode_rows(batch.shared_slots(), starts, batch.next_indices[:size].copy())
+            batch.advance(None)
+        return [starts + 1]
+
+    def _add_given_rows(self, builder: StepPlanBuilder) -> Int32Array:
+        """Add the first rows of imported sequences: their token came with the lease."""
+        batch, tokens = self._roster.batch, self._roster.tables.tokens
+        rows = np.flatnonzero(batch.is_given[: batch.num_rows])
+        positions = batch.positions[rows] + 1
+        columns = (batch.slots[rows], batch.positions[rows], batch.next_indices[rows])
+        for slot, start, index in zip(*(column.tolist() for column in columns), strict=True):
+            position = builder.add_row(slot, start, tokens[slot, start : start + 1].copy())
+            builder.add_sample(position, slot, index)
+        batch.is_given[rows] = False
+        batch.num_given = 0
+        batch.advance(rows)
+        return positions
+
+    def _add_chunks(
+        self, builder: StepPlanBuilder, positions: list[Int32Array], now: float
+    ) -> tuple[PlannedChunk, ...]:
+        """Fill the step with chunks of prompts, beside the decode rows."""
+        self._prompts = [a for a in self._prompts if a.state is AttemptState.PREFILLING]
+        num_tokens = self._limits.max_num_batched_tokens - builder.num_tokens
+        chunks = plan_chunks(self._prompts, num_tokens, now, self._limits.prefill_age_bound_s)
+        planned = []
+        for attempt, size in chunks:
+            if attempt.running_s is None:
+                attempt.running_s = now
+            waiting, work = attempt.in_state(SequenceState.WAITING), attempt.work
+            self._start(builder, waiting[0], work.output)
+            end = attempt.num_planned + size
+            last = builder.add_row(
+                waiting[0].slot, attempt.num_planned, attempt.context[attempt.num_planned : end]
+            )
+            attempt.num_planned = end
+            planned.append(PlannedChunk(attempt, end))
+            if end < attempt.num_tokens:
+                continue
+            for sequence in waiting:
+                self._start(builder, sequence, work.output)
+                builder.add_sample(last, sequence.slot, work.next_index)
+            positions.append(np.full(len(waiting), end, dtype=np.int32))
+            attempt.move_to(AttemptState.RUNNING)
+            self._forked += self._roster.fork(
+                attempt, next_index=work.next_index + 1, is_given=False
+            )
+        return tuple(planned)
+
+    def _start(self, builder: StepPlanBuilder, sequence: Sequence, output: Int32Array) -> None:
+        """Put a sequence into its slot, with the context's blocks, unless it is there."""
+        if not sequence.is_started:
+            sequence.is_started = True
+            attempt, work = sequence.attempt, sequence.attempt.work
+            builder.start_slot(
+                SlotStart(sequence.slot, work.sampling, sequence.choice, work.prompt, output)
+            )
+            builder.set_blocks(sequence.slot, 0, attempt.context_block_ids)
+
+
+def _joined(parts: list[Int32Array]) -> Int32Array:
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)

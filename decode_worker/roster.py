@@ -35,6 +35,7 @@ class Roster:
         self._outbox = outbox
         self._open: dict[tuple[str, int], Sequence] = {}
         self._num_by_session: dict[int, int] = {}
+        self._num_admitted = 0
         self.attempts: dict[AttemptKey, Attempt] = {}
         """Those of which something is still to be reported, oldest first."""
         self.draining_imports: dict[AttemptKey, Attempt] = {}
@@ -58,6 +59,8 @@ class Roster:
     def add(self, attempt: Attempt) -> None:
         """Take an attempt that has its context's blocks: give it slots and promises."""
         work = attempt.work
+        self._num_admitted += 1
+        attempt.number = self._num_admitted
         attempt.sequences = tuple(
             Sequence(attempt, choice, stream_id, self.free_slots.pop())
             for choice, stream_id in zip(work.choices, work.stream_ids, strict=True)
@@ -139,9 +142,7 @@ class Roster:
         for sequence in attempt.in_state(SequenceState.RUNNING):
             self.batch.stop_holding(sequence)
         wanted = {
-            sequence.stream_id
-            for sequence in attempt
-            if sequence.state is not SequenceState.GONE
+            sequence.stream_id for sequence in attempt if sequence.state is not SequenceState.GONE
         }
         held_back = [token for token in attempt.held_back if token.stream_id in wanted]
         attempt.held_back.clear()
@@ -183,7 +184,9 @@ class Roster:
                 holders += attempt.context_block_ids
         for sequence in self.batch.sequences:
             holders += self._blocks_of(sequence)
-        counts = np.bincount(np.array(holders, dtype=np.int64), minlength=self._allocator.num_blocks)
+        counts = np.bincount(
+            np.array(holders, dtype=np.int64), minlength=self._allocator.num_blocks
+        )
         for block_id, count in enumerate(counts.tolist()):
             if self._allocator.num_references(block_id) != count:
                 raise IntegrityError(
@@ -225,9 +228,7 @@ class Roster:
         importing = attempt.state is AttemptState.IMPORTING and not attempt.reads_ended
         if attempt.owns_blocks and not importing and not attempt.in_state(SequenceState.WAITING):
             attempt.owns_blocks = False
-            self.departures.add(
-                Departure(self.last_planned_step, (), attempt.context_block_ids)
-            )
+            self.departures.add(Departure(self.last_planned_step, (), attempt.context_block_ids))
         if attempt.open_sequences() or attempt.work.key not in self.attempts:
             return
         key = attempt.work.key
@@ -265,5 +266,3 @@ class Roster:
         name = (sequence.attempt.work.key.request_id, sequence.choice)
         if self._open.get(name) is sequence:
             del self._open[name]
-
-

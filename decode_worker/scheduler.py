@@ -275,10 +275,7 @@ class DecodeScheduler:
         """Whether no request holds anything here."""
         roster = self._roster
         return not (
-            roster.attempts
-            or roster.draining_imports
-            or len(roster.departures)
-            or self._unapplied
+            roster.attempts or roster.draining_imports or len(roster.departures) or self._unapplied
         )
 
     def check_integrity(self) -> None:
@@ -349,9 +346,7 @@ class DecodeScheduler:
     def _no_room(self, num_blocks: int, num_uncached: int, has_source: bool) -> str | None:
         most = self._limits.local_prefill_tokens
         if not has_source and most is not None and num_uncached > most:
-            return (
-                f"{num_uncached} tokens have no cached KV here, decode.local_prefill_tokens is {most}"
-            )
+            return f"{num_uncached} tokens have no cached KV here, decode.local_prefill_tokens is {most}"
         num_free = self._num_blocks_to_commit()
         if num_blocks > num_free:
             return (
@@ -368,4 +363,3 @@ class DecodeScheduler:
             self._limits.watermark_blocks,
             is_empty=not self._roster.attempts,
         )
-

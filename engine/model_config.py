@@ -49,6 +49,7 @@ MODEL_TYPES = {
 # Keys that describe training, the file, the tokenizer or the library, and change no output.
 HARMLESS = {
     "_attn_implementation",
+    "_model_name_or_path",
     "_name_or_path",
     "attention_dropout",
     "attn_implementation",

@@ -30,8 +30,8 @@ WEIGHT_BITS = 34
 MAX_VOCAB_SIZE = 2 ** (53 - WEIGHT_BITS)
 """Up to here the sum of all weights, each at most 2**34, is exact in float64."""
 
-NUCLEUS_WIDTHS = (128, 1024)
-"""Prefixes tried before a full sort: 16 rows of 49,152 take 1.2, 6.5 and 49 ms on one core."""
+NUCLEUS_WIDTH = 1024
+"""Tokens sorted first for top_p; only the rows that need more are sorted whole."""
 
 Noise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(rows, draws) -> Gumbel noise, float64: RandomStreams.gumbels of the engine."""
@@ -69,15 +69,19 @@ def apply_penalties_(
 ) -> None:
     """Make tokens that occurred less likely.
 
-    score = score / repetition if score > 0 else score * repetition     where seen (prompt or
-    output) score = score - frequency * count - presence * (count > 0)          count in the
-    output
+    score = score / repetition if score > 0 else score * repetition     where seen
+    score = score - frequency * count - presence * (count > 0)
 
-    `seen` is bool [R, V], `counts` int32 [R, V], the rest float32 [R, 1].
+    `seen` in prompt or output is bool [R, V]; `counts` in the output are int32 [R, V], 0 where not
+    seen; the rest is float32 [R, 1].
     """
-    repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
-    scores.copy_(torch.where(seen, repeated, scores))
-    scores.sub_(frequency * counts).sub_(presence * (counts > 0))
+    # Few of the vocabulary's tokens occurred, so only their scores are taken out and put back.
+    rows, tokens = seen.nonzero(as_tuple=True)
+    values, count = scores[rows, tokens], counts[rows, tokens]
+    divisor = repetition[rows, 0]
+    values = torch.where(values > 0, values / divisor, values * divisor)
+    values -= frequency[rows, 0] * count + presence[rows, 0] * (count > 0)
+    scores[rows, tokens] = values
 
 
 def lowest_kept(
@@ -99,7 +103,7 @@ def lowest_kept(
         rows = torch.from_numpy(limited).to(scores.device)
         last = torch.from_numpy(top_k[limited] - 1).to(scores.device)
         subset = scores if limited.size == num_rows else scores[rows]
-        best = subset.topk(int(top_k[limited].max()), dim=-1).values
+        best = _largest(subset, int(top_k[limited].max()))
         floor[rows] = torch.maximum(floor[rows], best.gather(1, last.unsqueeze(1)).squeeze(1))
     (nucleus,) = np.nonzero(top_p < 1.0)
     if nucleus.size:
@@ -116,8 +120,8 @@ def _nucleus_floor(scores: torch.Tensor, floor: torch.Tensor, shares: torch.Tens
     targets = shares * _weights(scores, scores >= floor.unsqueeze(1)).sum(-1, dtype=torch.float64)
     result = floor.clone()
     rows = torch.arange(len(scores), device=scores.device)
-    for width in (*NUCLEUS_WIDTHS, vocab_size):
-        best = scores[rows].topk(min(width, vocab_size), dim=-1).values
+    for width in (min(NUCLEUS_WIDTH, vocab_size), vocab_size):
+        best = _largest(scores[rows], width)
         weights = _weights(best, best >= floor[rows].unsqueeze(1))
         reached = weights.cumsum(-1, dtype=torch.float64) >= targets[rows].unsqueeze(1)
         found = reached[:, -1]
@@ -129,9 +133,22 @@ def _nucleus_floor(scores: torch.Tensor, floor: torch.Tensor, shares: torch.Tens
     return result
 
 
+def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the largest values of each row, largest first, float32 [R, count]."""
+    if scores.device.type != "cpu":
+        return scores.topk(count, dim=-1).values
+    # numpy's is vectorised: 1,024 of 16 rows of 49,152 take 0.5 ms on one core, torch's topk 5.
+    values = scores.numpy()
+    first = values.shape[1] - count
+    if first > 0:
+        values = np.partition(values, first, axis=-1)[:, first:]
+    return torch.from_numpy(np.sort(values, axis=-1)[:, ::-1].copy())
+
+
 def _weights(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Return exp(score) of scores up to 0, in whole units of 2**-34; 0 where not kept."""
-    return torch.exp(scores).mul_(2.0**WEIGHT_BITS).floor_().mul_(kept)
+    weights = torch.exp(scores).mul_(2.0**WEIGHT_BITS).floor_()
+    return weights.masked_fill_(~kept, 0.0)
 
 
 def gumbel_race(scores: torch.Tensor, floor: torch.Tensor, noise: Noise) -> torch.Tensor:
@@ -162,7 +179,8 @@ def _race(
     scores: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, noise: Noise
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's best noisy score and its token, among the pairs (rows, tokens)."""
-    noisy = scores[rows, tokens].to(torch.float64) + noise(rows, tokens)
+    places = rows * scores.shape[1] + tokens
+    noisy = scores.reshape(-1)[places].to(torch.float64) + noise(rows, tokens)
     best = noisy.new_full((len(scores),), -math.inf).scatter_reduce(0, rows, noisy, "amax")
     (first,) = (noisy == best[rows]).nonzero(as_tuple=True)
     last_id = rows.new_full((len(scores),), scores.shape[1] - 1)

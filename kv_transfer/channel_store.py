@@ -35,7 +35,7 @@ class ChannelStore(Store):
         self._wait([key], self._timeout_s)
         return self._values[key]
 
-    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         self._wait(keys, self._timeout_s if timeout is None else timeout.total_seconds())
 
     def receive(self, key: str, value: bytes) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,12 +77,13 @@ class Communicator:
         self, device: GlooDevice, store: ChannelStore, rank: int, block_bytes: int, timeout_s: float
     ) -> None:
         """Meet the peer; blocks until it has come. Raises TransportError or RuntimeError."""
-        options = dist.ProcessGroupGloo._Options()
+        gloo: Any = dist.ProcessGroupGloo  # torch's stubs lack what its bindings have
+        options = gloo._Options()
         options._devices = [device.open()]
         options._timeout = _milliseconds(timeout_s)
         options._threads = 1  # of collectives, which nobody calls here
         self._store = store  # the group's C++ side calls it, and does not keep it alive
-        self._group = dist.ProcessGroupGloo(store, rank, 2, options)
+        self._group: Any = gloo(store, rank, 2, options)
         self._peer = OWNER_RANK + READER_RANK - rank
         num_blocks = max(1, STAGING_BYTES // block_bytes)
         self._staging = [torch.empty((num_blocks, block_bytes), dtype=torch.uint8) for _ in "ab"]
@@ -121,7 +123,10 @@ class Communicator:
             doomed.wait(timedelta(milliseconds=1))
 
     def _receive(self, number: int, count: int) -> dist.Work:
-        return self._group.recv([self._staging[number % 2][:count]], self._peer, _DATA_TAG)
+        work: dist.Work = self._group.recv(
+            [self._staging[number % 2][:count]], self._peer, _DATA_TAG
+        )
+        return work
 
     def _pieces(self, ids: Sequence[int]) -> list[Sequence[int]]:
         size = len(self._staging[0])

@@ -154,7 +154,8 @@ class PairReader:
         match asked.answer:
             case None:
                 raise TransportError(
-                    f"{self.end.peer} did not answer within {self.end.timeout_s} s, kv.read_timeout_s"
+                    f"{self.end.peer} did not answer within kv.read_timeout_s, "
+                    f"{self.end.timeout_s} s"
                 )
             case No(_, reason):
                 self._forget(asked)

@@ -29,7 +29,7 @@ ByteArray = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class MemoryAddress:
-    """Where processes of the host find a pool's memory, and how they know that it is the right one."""
+    """Where processes of the host find a pool's memory, and how they know that it is right."""
 
     host: str
     pid: int

@@ -50,8 +50,8 @@ class ShmTransport:
         address = MemoryAddress.decode(endpoint)
         if address.name != owner:
             raise TransportError(
-                f"the endpoint of {owner} names the memory of {address.name}: the peer is not who it "
-                "should be"
+                f"the endpoint of {owner} names the memory of {address.name}: the peer is not "
+                "who it should be"
             )
         connection = ShmConnection(self, self._executor, PeerMemory.open(address))
         self._connections.add(connection)

@@ -6,7 +6,7 @@
       ◀═════════════ blocks 1
       ◀────────── No 2         the lease has gone
 
-The owner serves a reader's asks in their order, one at a time, and each side works on one thread for
+The owner serves a reader's asks in their order, one at a time; each side works on one thread for
 each pair: with a thread for all pairs, one stopped peer would hold up everyone's reads, and two
 workers that read from each other would wait in a circle. The threads start with the first read.
 

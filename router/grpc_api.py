@@ -150,9 +150,11 @@ def _response(request_id: str, delta: ChoiceDelta) -> inference_pb2.GenerateResp
         choice=delta.choice,
         tokens=tokens,
         text=delta.text,
-        finish_reason=None
-        if delta.finish_reason is None
-        else finish_reason_to_proto(delta.finish_reason),
+        finish_reason=(
+            inference_pb2.FINISH_REASON_UNSPECIFIED
+            if delta.finish_reason is None
+            else finish_reason_to_proto(delta.finish_reason)
+        ),
     )
 
 

@@ -5,15 +5,15 @@ from collections.abc import Iterator
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from paceline.errors import InvalidRequestError, PacelineError, QueueFullError
 
+# Statuses travel in HTTP/2 trailers, of which clients accept 8 KiB.
 _MAX_MESSAGE_CHARS = 2000
 _MAX_VIOLATIONS = 16
 _MAX_DESCRIPTION_CHARS = 200
-"""Statuses travel in HTTP/2 trailers, of which clients accept 8 KiB."""
 
 
 def to_status(error: PacelineError) -> grpc.Status:
@@ -24,9 +24,10 @@ def to_status(error: PacelineError) -> grpc.Status:
         detail.Pack(message)
         details.append(detail)
     code: int = grpc.StatusCode[error.grpc_code].value[0]
-    return rpc_status.to_status(
+    status: grpc.Status = rpc_status.to_status(
         status_pb2.Status(code=code, message=_cut(str(error), _MAX_MESSAGE_CHARS), details=details)
     )
+    return status
 
 
 def _details(error: PacelineError) -> Iterator[Message]:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
@@ -18,6 +17,7 @@ import torch
 
 from paceline.engine.block_allocator import BlockAllocator
 from paceline.engine.load import LoadedEngine, load_engine
+from paceline.engine.model_source import ModelFolder
 from paceline.engine.prefix_cache import PrefixCache
 from paceline.engine.settings import ModelSettings
 from paceline.engine.warm_up import warm_up
@@ -56,7 +56,7 @@ class WorkerSpec:
     host: str
     """Address that the worker's gRPC server listens on."""
     model: ModelSettings
-    model_folder: Path
+    model_folder: ModelFolder
     """Prepared by `paceline.engine.model_source.prepare_model`."""
     kv: KvSettings
 
@@ -139,12 +139,17 @@ class WorkerProcess:
         self._io = asyncio.new_event_loop()
         self._io_thread = threading.Thread(target=self._io.run_forever, name="io", daemon=True)
 
-    def start(self, on_step: Callable[[str, float], None]) -> None:
+    def start(
+        self,
+        on_step: Callable[[str, float], None],
+        on_progress: Callable[[str, float], None] = lambda name, share: None,
+    ) -> None:
         """Load, allocate, connect, warm up and listen; returns when the worker can take work.
 
-        `on_step(name, seconds)` is called after each step of the start-up checklist.
+        `on_step(name, seconds)` is called after each step of the start-up checklist,
+        `on_progress(name, share done)` while the model loads.
         """
-        engine = self._timed(on_step, "load the model", self._load)
+        engine = self._timed(on_step, "load the model", lambda: self._load(on_progress))
         parts = self._parts = self._build_parts(engine)
         self._timed(on_step, "warm up", lambda: warm_up(engine.runner, parts.identity.block_tokens))
         wired = self._kind.build(parts)
@@ -221,7 +226,7 @@ class WorkerProcess:
         parts.sessions.report(core, time.monotonic())
         self._snapshot = (core.load(-1, 1), core.is_idle)
 
-    def _load(self) -> LoadedEngine:
+    def _load(self, on_progress: Callable[[str, float], None]) -> LoadedEngine:
         return load_engine(
             self.spec.model,
             self.spec.model_folder,
@@ -231,6 +236,7 @@ class WorkerProcess:
             max_num_seqs=self._settings.max_num_seqs,
             num_threads=self._settings.num_threads,
             allocate=self._allocate,
+            on_step=on_progress,
         )
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:

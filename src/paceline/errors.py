@@ -15,8 +15,8 @@
     ├── TransferError             a KV transfer did not happen
     │   ├── LeaseLostError        the owner did not hold the lease until the reads had ended
     │   ├── LayoutMismatchError   two pools cannot exchange blocks
-    │   └── TransportError        a transport failed, is missing or is slower than the settings
-    allow ├── OutOfBlocksError          more KV blocks were asked for than can be freed
+    │   └── TransportError        a transport failed, is missing or is slower than allowed
+    ├── OutOfBlocksError          more KV blocks were asked for than can be freed
     └── IntegrityError            an invariant does not hold: a bug in paceline
 
 A message says what happened with numbers, why, and which setting to change. Each class maps once to

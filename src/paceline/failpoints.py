@@ -7,6 +7,7 @@ The action happens at the n-th hit of the name in this process (n from 1, defaul
 """
 
 import os
+import re
 import signal
 import threading
 import time
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from paceline.errors import ConfigError
 
 VARIABLE = "PACELINE_FAILPOINT"
+
+_ENTRY = re.compile(r"([^:@]+):(kill(?:=\d+)?|stop|delay=\d+(?:\.\d+)?)(?:@([1-9]\d*))?")
 
 
 @dataclass(slots=True)
@@ -56,14 +59,13 @@ class Failpoints:
 
 def _parse(specification: str) -> Iterable[tuple[str, _Armed]]:
     for entry in filter(None, specification.split(",")):
-        name, _, rest = entry.partition(":")
-        action, _, count = rest.partition("@")
-        valid = action in ("kill", "stop") or action.startswith(("delay=", "kill="))
-        if not name or not valid or not (count or "1").isdigit():
+        match = _ENTRY.fullmatch(entry)
+        if match is None:
             raise ConfigError(
                 f"{VARIABLE} has the entry {entry!r}; it must read name:action@n with an action of "
                 "kill, kill=PID, stop or delay=SECONDS"
             )
+        name, action, count = match.groups()
         yield name, _Armed(action, int(count or "1"))
 
 

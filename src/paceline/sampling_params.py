@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from paceline.errors import FieldViolation
 
+MAX_TOKENS = 2**31 - 1
+"""More than any model's length, and what an int32 on the wire or a device holds."""
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 64
@@ -62,7 +64,7 @@ class SamplingParams:
 
     def violations(self, vocab_size: int) -> Iterator[FieldViolation]:
         """Yield every parameter that is out of its range, with the range."""
-        yield from _out_of_range("max_tokens", self.max_tokens, 1, None)
+        yield from _out_of_range("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         yield from _out_of_range("temperature", self.temperature, 0.0, 100.0)
         yield from _out_of_range("top_k", self.top_k, 0, vocab_size)
         yield from _out_of_range("min_p", self.min_p, 0.0, 1.0)
@@ -70,7 +72,7 @@ class SamplingParams:
         yield from _out_of_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         yield from _out_of_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         yield from _out_of_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        yield from _out_of_range("min_tokens", self.min_tokens, 0, None)
+        yield from _out_of_range("min_tokens", self.min_tokens, 0, MAX_TOKENS)
         yield from _out_of_range("seed", self.seed, 0, 2**64 - 1)
         if not 0.0 < self.top_p <= 1.0:
             yield FieldViolation("top_p", f"must be over 0 and at most 1, got {self.top_p}")
@@ -79,7 +81,7 @@ class SamplingParams:
                 "repetition_penalty",
                 f"must be over 0 and at most 100, got {self.repetition_penalty}",
             )
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and 0 < self.max_tokens < self.min_tokens:
             yield FieldViolation(
                 "min_tokens", f"{self.min_tokens} is more than max_tokens, {self.max_tokens}"
             )
@@ -99,13 +101,12 @@ class SamplingParams:
 
 
 def _out_of_range(
-    name: str, value: float | None, low: float, high: float | None
+    name: str, value: float | None, low: float, high: float
 ) -> Iterator[FieldViolation]:
     # Written so that NaN, which compares false with everything, is a violation too.
-    if value is None or (value >= low and (high is None or value <= high)):
+    if value is None or (low <= value <= high):
         return
-    limit = f"at least {low}" if high is None else f"between {low} and {high}"
-    yield FieldViolation(name, f"must be {limit}, got {value}")
+    yield FieldViolation(name, f"must be between {low} and {high}, got {value}")
 
 
 def _too_many(name: str, count: int, limit: int) -> Iterator[FieldViolation]:

@@ -142,7 +142,7 @@ def perform(seen: list[Seen], actions: list[Action]) -> list[Seen]:
     by_name = {s.name: s for s in seen if s.state is not ProcessState.DEAD}
     for action in actions:
         if isinstance(action, Start):
-            name = ProcessName(action.role, action.index, 2)
+            name = ProcessName(action.role, action.number, 2)
             assert name.worker_id not in {other.worker_id for other in by_name}
             by_name[name] = Seen(name, ProcessState.READY, False, None)
         elif isinstance(action, Drain):

@@ -8,6 +8,7 @@ kills.
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
@@ -32,10 +33,10 @@ def arithmetic_oracle(vocab_size: int) -> Oracle:
     """Make tokens that depend on all that went before."""
 
     def next_token(prompt: Sequence[int], output: Sequence[int], choice: int) -> int:
-        state = sum(prompt) * 31 + choice * 17
+        state = sum(prompt) * 31 + choice * 17 + 1
         for token in output:
-            state = (state * 33 + token + 1) % 1_000_003
-        return state % vocab_size
+            state = (state * 6_364_136_223_846_793_005 + token + 1) % 2**64
+        return (state * 6_364_136_223_846_793_005 % 2**64 >> 33) % vocab_size
 
     return next_token
 
@@ -119,9 +120,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
 
     @property
     def member(self) -> WorkerMember:
-        return WorkerMember(
-            self.worker_id, self.role, self.incarnation, f"127.0.0.1:{self._port}"
-        )
+        return WorkerMember(self.worker_id, self.role, self.incarnation, f"127.0.0.1:{self._port}")
 
     @property
     def num_held_blocks(self) -> int:
@@ -140,7 +139,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         await self._server.stop(None)
         self.running.clear()
 
-    async def Session(self, request_iterator, context):  # type: ignore[no-untyped-def]
+    async def Session(self, request_iterator, context: Any) -> None:
         hello = (await context.read()).hello
         if hello.worker_incarnation != self.incarnation:
             await context.abort(
@@ -167,11 +166,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             self.running.clear()
             self.num_sessions -= 1
 
-    async def report_load(self, context) -> None:  # type: ignore[no-untyped-def]
+    async def report_load(self, context: Any) -> None:
         step = worker_pb2.StepReport(load=self._load())
         await context.write(worker_pb2.SessionResponse(step=step))
 
-    async def _read(self, context) -> None:  # type: ignore[no-untyped-def]
+    async def _read(self, context: Any) -> None:
         while isinstance(request := await context.read(), worker_pb2.SessionRequest):
             kind = request.WhichOneof("message")
             if kind == "cancel":
@@ -185,8 +184,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 )
             await self.report_load(context)
 
-    async def _dispatch(self, work: Work, *, needs_source: bool, context) -> None:  # type:
-    ignore[no-untyped-def]
+    async def _dispatch(self, work: Work, *, needs_source: bool, context: Any) -> None:
         self.received.append(work)
         self._num_seen += 1
         refuse = self.draining or self.num_refusals_left > 0
@@ -196,8 +194,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             blocks = num_blocks_for(work.num_tokens, BLOCK_TOKENS)
             if self.role is Role.DECODE:
                 blocks = num_blocks_promised(work.num_tokens, len(work.choices), BLOCK_TOKENS)
-            assert self.num_held_blocks + blocks <= self.num_blocks, "the router overdrew its
-            credit" sequences = [
+            assert self.num_held_blocks + blocks <= self.num_blocks, "the router overdrew"
+            sequences = [
                 _Sequence(work, choice, stream_id, work.output.tolist(), len(work.output))
                 for choice, stream_id in zip(work.choices, work.stream_ids, strict=True)
             ]
@@ -221,7 +219,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         if not cancel.choices or not running.sequences:
             del self.running[key]
 
-    async def _step(self, context) -> None:  # type: ignore[no-untyped-def]
+    async def _step(self, context: Any) -> None:
         columns = _Columns()
         for key, running in list(self.running.items()):
             if self.role is Role.PREFILL:

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from paceline.decode_worker import process as decode
 from paceline.decode_worker.settings import DecodeSettings
+from paceline.engine.model_source import ModelFolder
 from paceline.engine.settings import ModelSettings
 from paceline.kv_transfer.settings import KvSettings
 from paceline.prefill_worker import process as prefill
@@ -25,7 +26,11 @@ def build(config: dict[str, Any], on_failure: Any) -> WorkerProcess:
         incarnation=config["incarnation"],
         host="127.0.0.1",
         model=ModelSettings(**config["model"]),
-        model_folder=Path(config["model_folder"]),
+        model_folder=ModelFolder(
+            Path(config["model_folder"]["path"]),
+            config["model_folder"]["revision"],
+            config["model_folder"]["name"],
+        ),
         kv=KvSettings(**config["kv"]),
     )
     if config["role"] == "prefill":

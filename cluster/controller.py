@@ -1,0 +1,357 @@
+"""Make the deployment what is wanted, and keep it so.
+
+An asyncio program without Ray or gRPC in it: `launcher` is its world. Each process has one task here
+that starts it, waits for its end and buries it, and one that asks how it does; the main loop plans.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Coroutine, Mapping
+from typing import NamedTuple
+
+from paceline.cluster.back_off import BackOff
+from paceline.cluster.launcher import (
+    Launcher,
+    Membership,
+    ProcessDiedError,
+    ProcessReport,
+    Started,
+)
+from paceline.cluster.plan import Action, Drain, Start, Stop, plan
+from paceline.cluster.process_state import ProcessName, ProcessState, Role
+from paceline.cluster.resources import check_capacity
+from paceline.cluster.settings import DeploymentSettings, missing_prefill_problem
+from paceline.cluster.supervised import Supervised, members_of
+from paceline.errors import ConfigError, InvalidRequestError, PacelineError
+from paceline.errors import FieldViolation as Violation
+
+logger = logging.getLogger(__name__)
+
+MEMBERSHIP_TIMEOUT_S = 2.0
+"""For a process to take a membership; who does not answer gets the next one."""
+STOP_TIMEOUT_S = 10.0
+"""For a process to end by itself, beside a router's own drain_timeout_s."""
+NUM_EVENTS = 200
+
+
+class Event(NamedTuple):
+    """Something the controller did or saw."""
+
+    time_s: float
+    """Unix seconds."""
+    message: str
+
+
+class Controller:
+    """Holds the wanted sizes. All methods run on one event loop."""
+
+    def __init__(self, settings: DeploymentSettings, launcher: Launcher) -> None:
+        self.settings = settings
+        self.started_s = time.monotonic()
+        self.events: deque[Event] = deque(maxlen=NUM_EVENTS)
+        self.wanted: dict[Role, int] = {
+            Role.ROUTER: settings.router.replicas,
+            Role.PREFILL: settings.prefill.replicas,
+            Role.DECODE: settings.decode.replicas,
+        }
+        self._launcher = launcher
+        self._processes: dict[ProcessName, Supervised] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        # Above what processes have from a controller before this one.
+        self._membership = Membership(time.time_ns(), ())
+        self._last_incarnation = 0
+        self._shutting_down = False
+        limits = settings.controller
+        self._back_off = BackOff(
+            limits.first_back_off_s, limits.max_back_off_s, limits.stable_after_s
+        )
+
+    @property
+    def processes(self) -> list[Supervised]:
+        """Every process that lives, and the dead whose replacement has not been started yet."""
+        order = list(Role)
+        return sorted(
+            self._processes.values(), key=lambda p: (order.index(p.name.role), p.name.number)
+        )
+
+    async def run(self) -> None:
+        """Adopt what lives, then work until cancelled."""
+        await self._adopt()
+        while not self._shutting_down:
+            await self._spread_membership()
+            now = time.monotonic()
+            seen = [p.seen() for p in self._processes.values()]
+            for action in plan(self.wanted, seen, self._back_off, now):
+                self._perform(action, now)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self.settings.controller.poll_interval_s)
+            self._wake.clear()
+
+    async def scale(self, sizes: Mapping[str, int]) -> dict[Role, int]:
+        """Change the wanted sizes of pools; returns those of all. Raises without changing any."""
+        wanted = self.wanted | self._checked_pools(sizes)
+        problem = missing_prefill_problem(wanted[Role.PREFILL], self.settings.decode)
+        if problem is not None:
+            raise ConfigError(problem)
+        num_more = {role: wanted[role] - self._num_live(role) for role in (Role.PREFILL, Role.DECODE)}
+        check_capacity(self.settings, wanted, num_more, await self._launcher.capacity())
+        self.wanted = wanted
+        await self._launcher.save_wanted(wanted)
+        for role in (Role.PREFILL, Role.DECODE):
+            self._log(f"{role.value} is wanted {wanted[role]} times")
+        self._wake.set()
+        return wanted
+
+    async def drain(self, worker_id: str) -> None:
+        """Drain one worker for good: its pool is wanted one smaller. Raises if it is not READY."""
+        found = [p for p in self._processes.values() if p.name.worker_id == worker_id]
+        ready = next((p for p in found if p.state is ProcessState.READY), None)
+        if ready is None or not ready.name.role.is_worker:
+            known = ", ".join(
+                p.name.worker_id
+                for p in self.processes
+                if p.name.role.is_worker and p.state is ProcessState.READY
+            )
+            raise InvalidRequestError(
+                Violation("worker_id", f"{worker_id} is no worker that is READY; those are {known}")
+            )
+        role = ready.name.role
+        sizes = self._checked_pools({role.value: self.wanted[role] - 1})
+        problem = missing_prefill_problem(
+            (self.wanted | sizes)[Role.PREFILL], self.settings.decode
+        )
+        if problem is not None:
+            raise ConfigError(problem)
+        self.wanted |= sizes
+        self._perform(Drain(ready.name), time.monotonic())
+        await self._launcher.save_wanted(self.wanted)
+
+    async def shut_down(self) -> None:
+        """Let routers end their streams for their drain_timeout_s, then end every process."""
+        self._shutting_down = True
+        self._wake.set()
+        for is_worker in (False, True):
+            ending = [
+                self._stop(p)
+                for p in self._processes.values()
+                if p.name.role.is_worker is is_worker and not _is_dead(p)
+            ]
+            await asyncio.gather(*ending)
+
+    def _checked_pools(self, sizes: Mapping[str, int]) -> dict[Role, int]:
+        checked: dict[Role, int] = {}
+        for pool, size in sizes.items():
+            if pool not in (Role.PREFILL.value, Role.DECODE.value):
+                raise InvalidRequestError(
+                    Violation("pools", f"there is no pool {pool!r}; the pools are prefill and decode")
+                )
+            if size < 0:
+                raise InvalidRequestError(
+                    Violation(f"pools[{pool}]", f"is {size}; a pool has 0 workers at least")
+                )
+            checked[Role(pool)] = size
+        if checked.get(Role.DECODE) == 0:
+            raise InvalidRequestError(
+                Violation(
+                    "pools[decode]",
+                    "is 0, and nobody could stream tokens; it must be at least 1. To end the "
+                    "deployment: paceline down",
+                )
+            )
+        return checked
+
+    async def _adopt(self) -> None:
+        remembered = await self._launcher.load_wanted()
+        if remembered is not None:
+            self.wanted |= remembered
+        now = time.monotonic()
+        for process in await self._launcher.adopt():
+            self._log(f"{process.name.worker_id} lives already and is kept")
+            self._last_incarnation = max(self._last_incarnation, process.name.incarnation)
+            self._supervise(Supervised(process.name, started_s=now, process=process))
+
+    def _perform(self, action: Action, now: float) -> None:
+        match action:
+            case Start(role, number):
+                self._last_incarnation = max(time.time_ns(), self._last_incarnation + 1)
+                name = ProcessName(role, number, self._last_incarnation)
+                failure = self._forget_dead(name.worker_id)
+                again = f" again after: {failure}" if failure else ""
+                self._log(f"{name.worker_id} is started{again}")
+                self._supervise(Supervised(name, started_s=now, message=failure))
+            case Drain(name):
+                process = self._processes[name]
+                process.move(ProcessState.DRAINING)
+                process.drain_deadline_s = now + self.settings.controller.drain_timeout_s
+                self._log(f"{name.worker_id} drains")
+                self._spawn(self._drain(process), f"drain {name}")
+            case Stop(name):
+                self._log(f"{name.worker_id} is stopped")
+                self._spawn(self._stop(self._processes[name]), f"stop {name}")
+
+    def _supervise(self, process: Supervised) -> None:
+        self._processes[process.name] = process
+        self._spawn(self._live_and_die(process), f"supervise {process.name}")
+
+    async def _live_and_die(self, process: Supervised) -> None:
+        watching: asyncio.Task[None] | None = None
+        cause = "it ended by itself"
+        limit_s = self.settings.controller.start_timeout_s
+        try:
+            if process.process is None:
+                process.process = await self._launcher.launch(process.name)
+            if process.state is ProcessState.STARTING:
+                watching = asyncio.create_task(self._watch(process), name=f"watch {process.name}")
+                async with asyncio.timeout(limit_s):
+                    self._ready(process, await process.process.start(), await process.process.report())
+                await process.process.wait()
+        except TimeoutError:
+            cause = (
+                f"it was not READY {limit_s:g} s after its start (controller.start_timeout_s)"
+            )
+        except PacelineError as error:
+            cause = str(error)
+        finally:
+            if watching is not None:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+        await self._bury(process, cause)
+
+    def _ready(self, process: Supervised, started: Started, report: ProcessReport) -> None:
+        now = time.monotonic()
+        process.heard(report, now)
+        if process.state is not ProcessState.STARTING:
+            return  # it was told to stop meanwhile
+        process.became_ready(started, now)
+        took_s = now - process.started_s
+        self._log(f"{process.name.worker_id} is ready at {started.address} after {took_s:.1f} s")
+        if report.draining:  # an adopted one
+            self._perform(Drain(process.name), now)
+        self._wake.set()
+
+    async def _bury(self, process: Supervised, cause: str) -> None:
+        was_told = process.state in (ProcessState.STOPPING, ProcessState.DRAINING)
+        now = time.monotonic()
+        if process.process is not None:
+            await process.process.kill()
+        process.move(ProcessState.DEAD)
+        if was_told:
+            self._back_off.forget(process.name.worker_id)
+            del self._processes[process.name]
+            self._log(f"{process.name.worker_id} has ended")
+        else:
+            process.message = process.end_reason or cause
+            self._back_off.failed(process.name.worker_id, process.ready_for_s(now), now)
+            self._log(f"{process.name.worker_id} has died: {process.message}")
+        # Peers drop what was its before a replacement starts.
+        await self._spread_membership()
+        self._wake.set()
+
+    def _forget_dead(self, worker_id: str) -> str:
+        """Drop the dead process of this id; returns why it died."""
+        for name, process in list(self._processes.items()):
+            if name.worker_id == worker_id and _is_dead(process):
+                del self._processes[name]
+                return process.message
+        return ""
+
+    async def _watch(self, process: Supervised) -> None:
+        assert process.process is not None
+        interval_s = self.settings.controller.poll_interval_s
+        while True:
+            with contextlib.suppress(TimeoutError, ProcessDiedError):  # its own task hears of a death
+                async with asyncio.timeout(max(1.0, interval_s)):
+                    report = await process.process.report()
+                process.heard(report, time.monotonic())
+                if process.num_idle_reports:
+                    self._wake.set()
+            reason = (
+                process.hang(self._limit_s(process.name.role), time.monotonic())
+                if process.is_serving
+                else None
+            )
+            if reason is not None:
+                process.end_reason = reason
+                await process.process.kill()
+                return
+            await asyncio.sleep(interval_s if process.ready_s is not None else interval_s / 5)
+
+    def _limit_s(self, role: Role) -> float:
+        match role:
+            case Role.PREFILL:
+                return self.settings.prefill.progress_timeout_s
+            case Role.DECODE:
+                return self.settings.decode.progress_timeout_s
+            case Role.ROUTER:
+                return self.settings.controller.router_silence_limit_s
+
+    async def _drain(self, process: Supervised) -> None:
+        if process.process is not None:
+            with contextlib.suppress(ProcessDiedError):
+                await process.process.drain()
+
+    async def _stop(self, process: Supervised) -> None:
+        process.move(ProcessState.STOPPING)
+        if process.process is None:
+            return  # its own task sees the state when it has been launched
+        limit_s = STOP_TIMEOUT_S
+        if process.name.role is Role.ROUTER:
+            limit_s += self.settings.router.drain_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await process.process.stop()
+        except TimeoutError:
+            self._log(f"{process.name.worker_id} did not end within {limit_s:g} s and is killed")
+        except ProcessDiedError as error:
+            logger.debug("event=died_while_stopping worker_id=%s error=%s", process.name, error)
+        await process.process.kill()
+
+    async def _spread_membership(self) -> None:
+        members = members_of(self._processes.values())
+        if members != self._membership.members:
+            self._membership = Membership(self._membership.version + 1, members)
+        behind = [
+            p
+            for p in self._processes.values()
+            if p.is_serving and p.acknowledged_version < self._membership.version
+        ]
+        await asyncio.gather(*(self._send_membership(p, self._membership) for p in behind))
+
+    async def _send_membership(self, process: Supervised, membership: Membership) -> None:
+        assert process.process is not None
+        with contextlib.suppress(TimeoutError, ProcessDiedError):  # the next round tries again
+            async with asyncio.timeout(MEMBERSHIP_TIMEOUT_S):
+                await process.process.update_membership(membership)
+            process.acknowledged_version = max(process.acknowledged_version, membership.version)
+
+    def _num_live(self, role: Role) -> int:
+        return sum(
+            p.name.role is role and p.state in (ProcessState.STARTING, ProcessState.READY)
+            for p in self._processes.values()
+        )
+
+    def _spawn(self, work: Coroutine[object, object, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            # A bug here: the process that hosts the controller ends, and its successor adopts.
+            logger.error("event=task_failed task=%s", task.get_name(), exc_info=task.exception())
+            task.get_loop().call_exception_handler(
+                {"message": f"{task.get_name()} failed", "exception": task.exception()}
+            )
+
+    def _log(self, message: str) -> None:
+        self.events.append(Event(time.time(), message))
+        logger.info("event=controller message=%r", message)
+
+
+def _is_dead(process: Supervised) -> bool:
+    return process.state is ProcessState.DEAD

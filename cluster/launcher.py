@@ -1,0 +1,134 @@
+"""What the controller needs of the world: processes that start, report and end.
+
+`ray_launcher` does it with Ray's actors; tests do it with plain objects.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from paceline.cluster.process_state import ProcessName, Role
+from paceline.errors import PacelineError
+
+
+class ProcessDiedError(PacelineError):
+    """A process ended though nobody told it to. The message has its cause."""
+
+
+class StartupStep(NamedTuple):
+    """One line of the start-up checklist."""
+
+    name: str
+    seconds: float
+
+
+class Started(NamedTuple):
+    """A process that takes work."""
+
+    address: str
+    """host:port of its gRPC server."""
+    pid: int
+    host: str
+    """Address of its machine, as Ray names it."""
+
+
+class LoadProgress(NamedTuple):
+    """How far a long step is."""
+
+    step: str
+    fraction: float
+    """0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessReport:
+    """A process as it describes itself, at any time of its life."""
+
+    started: Started | None
+    """None while it is STARTING."""
+    steps: tuple[StartupStep, ...]
+    loading: LoadProgress | None
+    pid: int
+    memory_bytes: int
+    draining: bool = False
+    is_idle: bool = True
+    seconds_since_progress: float = 0.0
+    """Since the last step ended, or since there was nothing to do."""
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+
+
+class Member(NamedTuple):
+    """One incarnation of a worker that serves."""
+
+    worker_id: str
+    role: Role
+    incarnation: int
+    address: str
+
+
+class Membership(NamedTuple):
+    """Who serves; a higher version replaces a lower one."""
+
+    version: int
+    members: tuple[Member, ...]
+
+
+class Process(Protocol):
+    """A launched process. Every method can raise ProcessDiedError, and may wait for ever if it hangs."""
+
+    @property
+    def name(self) -> ProcessName: ...
+
+    async def start(self) -> Started:
+        """Wait until it takes work. Asking again, or from another controller, starts nothing twice."""
+
+    async def wait(self) -> None:
+        """Return when it was stopped; raise ProcessDiedError when it dies."""
+
+    async def report(self) -> ProcessReport:
+        """Ask it to describe itself."""
+
+    async def update_membership(self, membership: Membership) -> None:
+        """Tell it who serves. Older versions than the last one are ignored."""
+
+    async def drain(self) -> None:
+        """Give it no new work."""
+
+    async def stop(self) -> None:
+        """Let it end by itself. The caller kills what does not."""
+
+    async def kill(self) -> None:
+        """End it whatever it does, stopped by a signal or not."""
+
+
+class Capacity(NamedTuple):
+    """What the cluster has."""
+
+    resources: Mapping[str, float]
+    """Ray's totals, such as {CPU: 2, GPU: 0}."""
+    num_nodes: int
+    memory_total_bytes: int
+    memory_available_bytes: int
+    """Of the controller's machine."""
+
+
+class Launcher(Protocol):
+    """Starts processes, and finds those that an earlier controller started."""
+
+    async def launch(self, name: ProcessName) -> Process:
+        """Begin to start a process."""
+
+    async def adopt(self) -> list[Process]:
+        """Find every process of the deployment that lives."""
+
+    async def capacity(self) -> Capacity:
+        """Say what the cluster has."""
+
+    async def save_wanted(self, wanted: Mapping[Role, int]) -> None:
+        """Remember the wanted sizes for a controller that replaces this one."""
+
+    async def load_wanted(self) -> dict[Role, int] | None:
+        """Return the remembered sizes; None if there are none."""

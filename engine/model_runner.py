@@ -1,0 +1,118 @@
+"""Run planned steps on this process's device: block tables and last samples live here, by slot."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from paceline.engine.kv_pool import KvPool
+from paceline.engine.step_batch import StepBatch, make_step_batch
+from paceline.engine.step_plan import Int32Array, SlotStart, StepPlan, StepResult, TopLogprobs
+from paceline.kernels.block_copy import block_copy
+
+
+class StepModel(Protocol):
+    """A model as the runner sees it."""
+
+    windows: frozenset[int | None]
+    """The attention windows of its layers."""
+
+    def forward(self, batch: StepBatch, kv: torch.Tensor) -> torch.Tensor:
+        """Write the step's keys and values; return float32 logits [S, vocab_size]."""
+
+
+class Sampled(Protocol):
+    """What a sampler returns."""
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """[S]"""
+
+    @property
+    def logprobs(self) -> dict[int, TopLogprobs]:
+        """By sample number."""
+
+
+class StepSampler(Protocol):
+    """A sampler as the runner sees it: keeps each slot's parameters and tokens."""
+
+    def start(self, slot_start: SlotStart) -> None:
+        """A sequence takes a slot."""
+
+    def sample(self, logits: torch.Tensor, slots: Int32Array, indices: Int32Array) -> Sampled:
+        """Choose a token for each row of logits; may overwrite them."""
+
+
+class FinishedStep(NamedTuple):
+    """A step that ran while it was launched."""
+
+    outcome: StepResult | Exception
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> StepResult:
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+class TorchModelRunner:
+    """ModelRunner that computes each step within `launch`, as CPUs do."""
+
+    def __init__(
+        self,
+        model: StepModel,
+        sampler: StepSampler,
+        pool: KvPool,
+        *,
+        max_num_slots: int,
+        max_model_len: int,
+    ) -> None:
+        block_tokens = pool.layout.block_tokens
+        self.max_num_slots = max_num_slots
+        self._model = model
+        self._sampler = sampler
+        self._pool: KvPool | None = pool
+        num_columns = -(-max_model_len // block_tokens)
+        self._tables: Int32Array = np.zeros((max_num_slots, num_columns), np.int32)
+        self._last_samples: npt.NDArray[np.int64] = np.zeros(max_num_slots, np.int64)
+
+    def launch(self, plan: StepPlan) -> FinishedStep:
+        """Run the step. An error is kept for `result`."""
+        try:
+            with torch.inference_mode():
+                return FinishedStep(self._run(plan))
+        except Exception as error:
+            return FinishedStep(error)
+
+    def close(self) -> None:
+        """Let go of the pool's memory."""
+        self._pool = None
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        pool = self._pool
+        if pool is None:
+            raise RuntimeError(f"step {plan.step_id} was launched after the runner was closed")
+        for slot_start in plan.slot_starts:
+            self._sampler.start(slot_start)
+        self._tables[plan.table_slots, plan.table_columns] = plan.table_blocks
+        if len(plan.copy_sources):
+            block_copy(
+                pool.blocks,
+                torch.from_numpy(plan.copy_sources.astype(np.int64)),
+                torch.from_numpy(plan.copy_targets.astype(np.int64)),
+            )
+        if not len(plan.slots):
+            return StepResult(plan.step_id, np.empty(0, np.int32))
+        batch = make_step_batch(
+            plan, self._tables, self._last_samples, pool.kv, self._model.windows
+        )
+        logits = self._model.forward(batch, pool.kv)
+        if not len(plan.sample_slots):
+            return StepResult(plan.step_id, np.empty(0, np.int32))
+        sampled = self._sampler.sample(logits, plan.sample_slots, plan.sample_indices)
+        token_ids = sampled.token_ids.numpy()
+        self._last_samples[plan.sample_slots] = token_ids
+        return StepResult(plan.step_id, token_ids.astype(np.int32), sampled.logprobs)

@@ -1,0 +1,263 @@
+"""The controller over processes that do what the test says: no Ray, no gRPC."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from fake_launcher import FakeLauncher, FakeProcess
+
+from paceline.cluster.controller import Controller
+from paceline.cluster.process_state import ProcessState, Role
+from paceline.cluster.settings import DeploymentSettings
+from paceline.errors import CapacityError, ConfigError, InvalidRequestError
+
+
+def make_settings(**parts: object) -> DeploymentSettings:
+    controller = {"poll_interval_s": 0.01, "first_back_off_s": 0.02, "drain_timeout_s": 5.0}
+    given = parts.pop("controller", {})
+    assert isinstance(given, dict)
+    tree = {"model": {"path": "x"}, "controller": controller | given}
+    return DeploymentSettings.model_validate(tree | parts)
+
+
+@contextlib.asynccontextmanager
+async def running(controller: Controller) -> AsyncIterator[None]:
+    task = asyncio.create_task(controller.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.002)
+
+
+def states(controller: Controller) -> dict[str, ProcessState]:
+    return {p.name.worker_id: p.state for p in controller.processes}
+
+
+def all_ready(controller: Controller, num_processes: int) -> Callable[[], bool]:
+    def check() -> bool:
+        found = states(controller)
+        return len(found) == num_processes and set(found.values()) == {ProcessState.READY}
+
+    return check
+
+
+def members(process: FakeProcess) -> set[str]:
+    return {m.worker_id for m in process.memberships[-1].members} if process.memberships else set()
+
+
+async def test_everything_wanted_becomes_ready_and_the_router_learns_of_it() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 3))
+        await until(lambda: members(launcher.living("router-0")) == {"prefill-0", "decode-0"})
+        await until(lambda: members(launcher.living("decode-0")) == {"prefill-0", "decode-0"})
+
+
+async def test_a_dead_worker_leaves_the_membership_before_its_replacement_starts() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 3))
+        router, old = launcher.living("router-0"), launcher.living("decode-0")
+        await until(lambda: "decode-0" in members(router))
+        launcher.can_start = False
+        old.die("killed by SIGKILL")
+        await until(lambda: len(launcher.launched) == 4)
+        assert members(router) == {"prefill-0"}
+        new = launcher.living("decode-0")
+        assert new.name.incarnation > old.name.incarnation
+        assert any("killed by SIGKILL" in event.message for event in controller.events)
+        new.started.set()
+        await until(lambda: members(router) == {"prefill-0", "decode-0"})
+        incarnations = {m.worker_id: m.incarnation for m in router.memberships[-1].members}
+        assert incarnations["decode-0"] == new.name.incarnation
+
+
+async def test_a_worker_with_work_and_no_step_is_killed_and_replaced() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(decode={"progress_timeout_s": 1.0}), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 3))
+        old = launcher.living("decode-0")
+        old.is_busy, old.seconds_since_progress = True, 1.5
+        await until(lambda: old.was_killed)
+        await until(all_ready(controller, 3))
+        assert any("finished no step for 1.5 s" in event.message for event in controller.events)
+
+
+async def test_a_worker_without_work_may_be_without_progress() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(decode={"progress_timeout_s": 0.05}), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 3))
+        decode = launcher.living("decode-0")
+        decode.seconds_since_progress = 100.0
+        heard = controller.processes[2].last_heard_s
+        await until(lambda: controller.processes[2].last_heard_s > heard + 0.1)
+        assert decode.lives
+
+
+async def test_a_worker_that_does_not_answer_is_killed_and_replaced() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(decode={"progress_timeout_s": 0.2}), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 3))
+        old = launcher.living("decode-0")
+        old.is_silent = True
+        await until(lambda: old.was_killed)
+        await until(all_ready(controller, 3))
+
+
+async def test_scaling_up_starts_and_scaling_down_drains_before_it_stops() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 3))
+        assert (await controller.scale({"decode": 2}))[Role.DECODE] == 2
+        await until(all_ready(controller, 4))
+        second = launcher.living("decode-1")
+        second.is_busy = True
+        await controller.scale({"decode": 1})
+        await until(lambda: second.is_draining)
+        assert states(controller)["decode-1"] is ProcessState.DRAINING
+        await until(lambda: members(launcher.living("router-0")) >= {"decode-1"})
+        second.is_busy = False
+        await until(lambda: not second.lives)
+        await until(all_ready(controller, 3))
+        await until(lambda: "decode-1" not in members(launcher.living("router-0")))
+
+
+async def test_a_drain_ends_at_its_deadline() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(controller={"drain_timeout_s": 0.1}), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 3))
+        await controller.scale({"decode": 2})
+        await until(all_ready(controller, 4))
+        second = launcher.living("decode-1")
+        second.is_busy = True
+        await controller.scale({"decode": 1})
+        await until(lambda: not second.lives)
+
+
+async def test_a_drained_worker_is_not_replaced() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(prefill={"replicas": 2}), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 4))
+        await controller.drain("prefill-0")
+        await until(lambda: "prefill-0" not in states(controller))
+        assert controller.wanted[Role.PREFILL] == 1
+        assert launcher.saved is not None
+        assert launcher.saved[Role.PREFILL] == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"gpu": 1}, "there is no pool 'gpu'; the pools are prefill and decode"),
+        ({"router": 2}, "there is no pool 'router'"),
+        ({"decode": -1}, "is -1"),
+        ({"decode": 0}, "nobody could stream tokens"),
+    ],
+)
+async def test_impossible_sizes_are_refused(sizes: dict[str, int], words: str) -> None:
+    controller = Controller(make_settings(), FakeLauncher())
+    with pytest.raises(InvalidRequestError, match=words):
+        await controller.scale(sizes)
+    assert controller.wanted[Role.DECODE] == 1
+
+
+async def test_scaling_prefill_to_zero_needs_local_prefill() -> None:
+    controller = Controller(make_settings(), FakeLauncher())
+    with pytest.raises(ConfigError, match=r"decode\.local_prefill_tokens is 0"):
+        await controller.scale({"prefill": 0})
+    colocated = make_settings(decode={"local_prefill_tokens": "unlimited"})
+    assert (await Controller(colocated, FakeLauncher()).scale({"prefill": 0}))[Role.PREFILL] == 0
+
+
+async def test_more_memory_than_is_free_is_refused_with_the_numbers() -> None:
+    controller = Controller(make_settings(decode={"kv_cache_bytes": 2 << 30}), FakeLauncher())
+    with pytest.raises(CapacityError, match=r"10 decode × 2\.6 GiB.*8\.0 GiB of 16\.0 GiB are free"):
+        await controller.scale({"decode": 10, "prefill": 1})
+
+
+async def test_more_resources_than_the_cluster_has_are_refused_with_the_numbers() -> None:
+    controller = Controller(make_settings(decode={"resources": {"CPU": 1}}), FakeLauncher())
+    with pytest.raises(CapacityError, match=r"need 3 CPU \(3 decode × 1\), .* has 2"):
+        await controller.scale({"decode": 3})
+
+
+async def test_a_process_that_cannot_start_says_why_and_is_tried_again_later() -> None:
+    launcher = FakeLauncher()
+    launcher.can_start = False
+    controller = Controller(make_settings(), launcher)
+    async with running(controller):
+        for num_failures in range(1, 4):
+            await until(lambda n=num_failures: len(starts_of(launcher, "decode-0")) == n)
+            launcher.living("decode-0").die("the model folder /x does not exist")
+            await until(lambda: message_of(controller, "decode-0"))
+            assert message_of(controller, "decode-0") == "the model folder /x does not exist"
+        launcher.can_start = True
+        await until(lambda: states(controller).get("decode-0") is ProcessState.READY)
+        assert message_of(controller, "decode-0") == ""
+
+
+def starts_of(launcher: FakeLauncher, worker_id: str) -> list[FakeProcess]:
+    return [p for p in launcher.launched if p.name.worker_id == worker_id]
+
+
+def message_of(controller: Controller, worker_id: str) -> str:
+    return next((p.message for p in controller.processes if p.name.worker_id == worker_id), "")
+
+
+async def test_a_worker_that_does_not_become_ready_in_time_is_replaced() -> None:
+    launcher = FakeLauncher()
+    launcher.can_start = False
+    controller = Controller(make_settings(controller={"start_timeout_s": 0.05}), launcher)
+    async with running(controller):
+        await until(lambda: len(launcher.launched) > 3)
+        assert any("controller.start_timeout_s" in event.message for event in controller.events)
+
+
+async def test_a_new_controller_adopts_what_lives_and_keeps_the_wanted_sizes() -> None:
+    launcher = FakeLauncher()
+    first = Controller(make_settings(), launcher)
+    async with running(first):
+        await until(all_ready(first, 3))
+        await first.scale({"decode": 2})
+        await until(all_ready(first, 4))
+    for task in list(first._tasks):  # its process is gone, and so are its tasks
+        task.cancel()
+    launcher.living("decode-1").is_draining = True
+    second = Controller(make_settings(), launcher)
+    async with running(second):
+        await until(lambda: second.wanted[Role.DECODE] == 2)
+        await until(lambda: "decode-2" in states(second))  # for the one that drained
+        await until(all_ready(second, 4))
+        assert len(launcher.launched) == 5
+        await until(lambda: "decode-2" in members(launcher.living("router-0")))
+    versions = [m.version for m in launcher.living("router-0").memberships]
+    assert versions == sorted(set(versions))
+
+
+async def test_shutting_down_ends_routers_first_and_leaves_nothing() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 3))
+        await controller.shut_down()
+        assert not any(p.lives for p in launcher.launched)
+        await until(lambda: not controller.processes)

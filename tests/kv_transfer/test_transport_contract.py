@@ -1,0 +1,253 @@
+"""What every transport promises; the owner, or the reader, is a real second process."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from kv_peer import (
+    DEADLINE_S,
+    LEASE,
+    NO_LEASE,
+    Link,
+    OwnerProcess,
+    OwnerSpec,
+    ReaderProcess,
+    Worker,
+    expected_blocks,
+    resources,
+    wait_ended,
+)
+
+from paceline.kv_transfer.transport import ReadOutcome, ReadState
+
+TRANSPORTS = ["shm", "torch_distributed", "auto"]
+NUM_BLOCKS = 64
+MIB_BLOCKS = 1024  # a block of 1 MiB, so that 64 of them take a while
+
+
+class Pair:
+    """A reader here and an owner there."""
+
+    def __init__(self, transport: str, *, incarnation: int = 7, reader: Worker, **spec: int) -> None:
+        self.reader = reader
+        self.spec = OwnerSpec(transport, f"owner-0.{incarnation}", salt=incarnation, **spec)
+        self.owner = OwnerProcess(self.spec)
+        self.link = Link(reader, self.owner)
+
+    def read(self, sources: list[int], targets: list[int], lease: int = LEASE) -> ReadOutcome:
+        return wait_ended(self.link.connection.read(lease, sources, targets))
+
+    def expected(self) -> torch.Tensor:
+        block_bytes = self.reader.pool.layout.block_bytes
+        return expected_blocks(self.spec.salt, self.spec.num_blocks, block_bytes)
+
+    def close(self) -> None:
+        self.link.close()
+        self.owner.close()
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    reader = Worker(request.param, "reader-0.1")
+    made = Pair(request.param, reader=reader)
+    yield made
+    made.close()
+    reader.close()
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = DEADLINE_S) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout_s} s"
+        time.sleep(0.002)
+
+
+def test_every_block_arrives_with_its_own_bytes(pair: Pair) -> None:
+    pair.reader.blocks.zero_()
+    outcome = pair.read(list(range(NUM_BLOCKS)), list(reversed(range(NUM_BLOCKS))))
+    assert outcome.state is ReadState.DONE, outcome.error
+    assert outcome.num_bytes == NUM_BLOCKS * pair.reader.pool.layout.block_bytes
+    assert torch.equal(pair.reader.blocks.flip(0), pair.expected())
+
+
+def test_a_scattered_read_touches_its_targets_only(pair: Pair) -> None:
+    pair.reader.blocks.fill_(255)
+    sources, targets = [9, 10, 11, 3, 60, 0], [20, 21, 22, 63, 5, 6]
+    assert pair.read(sources, targets).state is ReadState.DONE
+    assert torch.equal(pair.reader.blocks[targets], pair.expected()[sources])
+    others = [block for block in range(NUM_BLOCKS) if block not in targets]
+    assert bool((pair.reader.blocks[others] == 255).all())
+
+
+def test_many_reads_at_once_all_arrive(pair: Pair) -> None:
+    pair.reader.blocks.zero_()
+    handles = [
+        pair.link.connection.read(LEASE, [(5 * number) % NUM_BLOCKS], [number])
+        for number in range(NUM_BLOCKS)
+    ]
+    assert {wait_ended(handle).state for handle in handles} == {ReadState.DONE}
+    order = [(5 * number) % NUM_BLOCKS for number in range(NUM_BLOCKS)]
+    assert torch.equal(pair.reader.blocks, pair.expected()[order])
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets", "reason"),
+    [
+        ([NUM_BLOCKS], [0], "source block 64"),
+        ([-1], [0], "source block -1"),
+        ([0], [NUM_BLOCKS], "target block 64"),
+        ([0], [-1], "target block -1"),
+        ([0, 1], [0], "2 source blocks"),
+        ([0, 1], [4, 4], "named twice"),
+    ],
+)
+def test_wrong_block_ids_fail_the_read_and_nothing_else(
+    pair: Pair, sources: list[int], targets: list[int], reason: str
+) -> None:
+    pair.reader.blocks.fill_(255)
+    outcome = pair.read(sources, targets)
+    assert outcome.state is ReadState.FAILED
+    assert reason in outcome.error
+    assert bool((pair.reader.blocks == 255).all())
+    assert pair.read([1], [1]).state is ReadState.DONE
+
+
+def test_an_owner_that_says_no_fails_the_read_and_nothing_else(pair: Pair) -> None:
+    if pair.spec.transport != "torch_distributed":
+        pytest.skip("shm is one-sided: the owner's only word is its verdict on the confirmation")
+    handles = [
+        pair.link.connection.read(lease, [2], [number])
+        for number, lease in enumerate([LEASE, NO_LEASE, LEASE])
+    ]
+    outcomes = [wait_ended(handle) for handle in handles]
+    assert [outcome.state is ReadState.DONE for outcome in outcomes] == [True, False, True]
+    assert "lease 0x4d is over or does not cover" in outcomes[1].error
+
+
+def test_a_late_callback_is_called_at_once_with_the_times(pair: Pair) -> None:
+    before = time.time()
+    handle = pair.link.connection.read(LEASE, [1, 2], [3, 4])
+    outcome = wait_ended(handle)
+    late: list[ReadOutcome] = []
+    handle.add_done_callback(late.append)
+    assert late == [outcome]
+    assert handle.state is ReadState.DONE
+    assert before <= outcome.started_s <= outcome.ended_s <= time.time()
+
+
+def test_a_read_of_nothing_is_done(pair: Pair) -> None:
+    assert pair.read([], []).state is ReadState.DONE
+
+
+def test_a_probe_moves_bytes_and_leaves_the_pool_alone(pair: Pair) -> None:
+    pair.reader.blocks.fill_(255)
+    outcome = wait_ended(pair.link.connection.probe(64 << 10))
+    assert (outcome.state, outcome.num_bytes) == (ReadState.DONE, 64 << 10), outcome.error
+    assert bool((pair.reader.blocks == 255).all())
+
+
+def test_reads_end_within_two_seconds_when_their_owner_is_killed(transport: str) -> None:
+    before = resources()
+    reader = Worker(transport, "reader-0.1", NUM_BLOCKS, MIB_BLOCKS)
+    idle = resources()
+    pair = Pair(transport, reader=reader, block_kib=MIB_BLOCKS)
+    assert pair.read([0], [0]).state is ReadState.DONE
+    reader.blocks.zero_()
+    # The second waits in line behind the first.
+    everything = list(range(NUM_BLOCKS))
+    handles = [pair.link.connection.read(LEASE, everything, everything) for _ in range(2)]
+    wait_until(lambda: bool(reader.blocks[0].any()))
+    pair.owner.kill()
+    killed_s = time.monotonic()
+    outcomes = [wait_ended(handle) for handle in handles]
+    assert time.monotonic() - killed_s < 2.0
+    for outcome in outcomes:
+        assert outcome.state is ReadState.FAILED or torch.equal(reader.blocks, pair.expected())
+    pair.close()
+    # Gloo's listener stays for the next peer; it goes with the transport.
+    wait_until(lambda: resources().threads == [] and resources().mappings == idle.mappings)
+    reader.close()
+    del reader, pair, handles
+    wait_until(lambda: resources() == before)
+
+
+def test_a_reader_meets_the_replacement_of_an_owner_that_was_killed(transport: str) -> None:
+    reader = Worker(transport, "reader-0.1")
+    first = Pair(transport, reader=reader)
+    assert first.read([1], [1]).state is ReadState.DONE
+    first.owner.kill()
+    second = Pair(transport, incarnation=8, reader=reader)
+    first.close()
+    assert second.read([1, 2], [3, 4]).state is ReadState.DONE
+    assert torch.equal(reader.blocks[[3, 4]], second.expected()[[1, 2]])
+    second.close()
+    reader.close()
+
+
+def test_an_owner_frees_what_a_killed_reader_held(transport: str) -> None:
+    owner = Worker(transport, "owner-0.3", NUM_BLOCKS, MIB_BLOCKS)
+    before = resources()
+    reader = ReaderProcess(transport, owner, "owner-0.3")
+    peer = owner.transport.accept("reader-0.1", reader.session, lambda lease, blocks: True)
+    delivering = threading.Thread(target=reader.session.deliver_to, args=(peer,))
+    delivering.start()
+    assert reader.started.wait(60)
+    reader.kill()
+    delivering.join(2.0)
+    assert not delivering.is_alive()
+    wait_until(lambda: resources().threads == [])
+    owner.transport.close()
+    wait_until(lambda: resources() == before)
+    owner.close()
+
+
+def test_close_ends_running_reads_and_nothing_is_written_after_it(transport: str) -> None:
+    reader = Worker(transport, "reader-0.1", NUM_BLOCKS, MIB_BLOCKS)
+    pair = Pair(transport, reader=reader, block_kib=MIB_BLOCKS)
+    assert pair.read([0], [0]).state is ReadState.DONE
+    reader.blocks.zero_()
+    everything = list(range(NUM_BLOCKS))
+    handles = [pair.link.connection.read(LEASE, everything, everything) for _ in range(3)]
+    wait_until(lambda: bool(reader.blocks[0].any()))
+    started_s = time.monotonic()
+    pair.link.connection.close()
+    assert time.monotonic() - started_s < 0.5
+    reader.blocks.fill_(255)
+    assert [handle.state for handle in handles].count(ReadState.RUNNING) == 0
+    assert handles[2].state is ReadState.FAILED
+    late = pair.link.connection.read(LEASE, [0], [0])
+    assert wait_ended(late).error == "the connection is closed"
+    wait_until(lambda: not any("recv" in name for name in resources().threads))
+    assert bool((reader.blocks == 255).all())
+    pair.close()
+    reader.close()
+
+
+def test_a_stopped_owner_fails_reads_at_the_time_out_and_serves_again_after(transport: str) -> None:
+    reader = Worker(transport, "reader-0.1", read_timeout_s=0.6)
+    pair = Pair(transport, reader=reader)
+    assert pair.read([0], [0]).state is ReadState.DONE
+    os.kill(pair.owner.pid, signal.SIGSTOP)
+    try:
+        handles = [pair.link.connection.read(LEASE, [1], [number]) for number in range(3)]
+        outcomes = [wait_ended(handle, 2.0) for handle in handles]
+    finally:
+        os.kill(pair.owner.pid, signal.SIGCONT)
+    expected = ReadState.FAILED if transport == "torch_distributed" else ReadState.DONE
+    assert {outcome.state for outcome in outcomes} == {expected}
+    if expected is ReadState.FAILED:
+        assert all(0.5 < outcome.ended_s - outcome.started_s < 1.0 for outcome in outcomes)
+        assert "kv.read_timeout_s" in outcomes[0].error
+    wait_until(lambda: pair.read([5], [6]).state is ReadState.DONE)
+    assert torch.equal(reader.blocks[6], pair.expected()[5])
+    pair.close()
+    reader.close()

@@ -1,0 +1,346 @@
+"""Whatever fails and in whatever order messages come, clients get the tokens they would have got."""
+
+import logging
+
+import pytest
+from fake_worker import arithmetic_oracle, expected_output
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from router_requests import make_active_request
+from simulated_pair import SimulatedCluster
+
+from paceline.errors import (
+    CancelledError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestFailedError,
+)
+from paceline.request import FailureReason
+from paceline.router.active_request import ActiveRequest
+from paceline.router.placement import Role
+from paceline.router.settings import RouterSettings
+
+ORACLE = arithmetic_oracle(500)
+PATIENT = RouterSettings(max_worker_deaths=1000, max_internal_failures=1000)
+
+
+def make_cluster(settings: RouterSettings | None = None) -> SimulatedCluster:
+    cluster = SimulatedCluster(ORACLE, settings)
+    cluster.join("prefill-0", Role.PREFILL, 0.0)
+    cluster.join("decode-0", Role.DECODE, 0.0)
+    return cluster
+
+
+def assert_complete(request: ActiveRequest) -> None:
+    journal = request.journal
+    assert request.error is None
+    assert request.is_done
+    for choice in journal.choices:
+        assert choice.output == expected_output(
+            ORACLE, journal.prompt.tolist(), journal.sampling.max_tokens or 0, choice.choice
+        )
+
+
+def assert_nothing_left(cluster: SimulatedCluster) -> None:
+    dispatcher = cluster.dispatcher
+    assert len(dispatcher.queue) == 0
+    assert not dispatcher.requests
+    assert not dispatcher._streams
+    assert not dispatcher._attempts
+    for worker in cluster.workers.values():
+        assert not worker.held, f"{worker.worker_id} still holds {list(worker.held)}"
+
+
+def test_request_goes_to_both_workers_at_once_and_ends_complete() -> None:
+    cluster = make_cluster()
+    request = make_active_request(n=2)
+    cluster.dispatcher.submit(request, 0.0)
+    assert [worker_id for worker_id, _ in cluster.sent] == ["decode-0", "prefill-0"]
+    cluster.run(0.0, 12)
+    assert_complete(request)
+    assert request.num_resumed == 0
+    assert_nothing_left(cluster)
+
+
+def test_first_token_that_is_the_last_one_frees_the_decode_worker() -> None:
+    cluster = make_cluster()
+    request = make_active_request(max_tokens=1)
+    cluster.dispatcher.submit(request, 0.0)
+    cluster.workers["prefill-0"].inbox.popleft()()
+    cluster.workers["prefill-0"].step()
+    while cluster.workers["prefill-0"].outbox:
+        cluster.workers["prefill-0"].outbox.popleft()(0.0)
+    assert_complete(request)
+    cluster.run(0.0, 2)
+    assert not cluster.workers["decode-0"].held
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+def test_death_before_decode_puts_the_request_back_and_cancels_it_at_the_survivor(
+    victim: str,
+) -> None:
+    cluster = make_cluster()
+    request = make_active_request()
+    cluster.dispatcher.submit(request, 0.0)
+    survivor = "decode-0" if victim == "prefill-0" else "prefill-0"
+    cluster.kill(victim, 1.0)
+    assert [(worker_id, key.attempt) for worker_id, key, _ in cluster.cancels] == [(survivor, 1)]
+    assert len(cluster.dispatcher.queue) == 1
+    cluster.join(victim, Role(victim.split("-")[0]), 2.0)
+    cluster.run(2.0, 12)
+    assert_complete(request)
+    assert request.num_resumed == 1
+    assert_nothing_left(cluster)
+
+
+def test_death_of_the_prefill_worker_after_decode_has_begun_disturbs_nobody() -> None:
+    cluster = make_cluster()
+    request = make_active_request()
+    cluster.dispatcher.submit(request, 0.0)
+    cluster.run(0.0, 3)
+    cluster.kill("prefill-0", 3.0)
+    cluster.run(3.0, 12)
+    assert_complete(request)
+    assert request.num_resumed == 0
+
+
+def test_choices_with_output_resume_each_alone_with_names_of_their_own() -> None:
+    cluster = make_cluster()
+    request = make_active_request(n=2)
+    cluster.dispatcher.submit(request, 0.0)
+    cluster.run(0.0, 3)
+    cluster.sent.clear()
+    cluster.kill("decode-0", 3.0)
+    cluster.join("decode-0", Role.DECODE, 4.0)
+    works = [work for worker_id, work in cluster.sent if worker_id == "decode-0"]
+    assert [work.choices for work in works] == [(0,), (1,)]
+    assert [work.key.request_id for work in works] == ["a@router/0", "a@router/1"]
+    assert all(len(work.output) > 0 for work in works)
+    assert len({work.key for work in works}) == 2
+    cluster.run(4.0, 12)
+    assert_complete(request)
+    assert_nothing_left(cluster)
+
+
+def test_request_that_meets_two_deaths_fails_with_the_setting_named() -> None:
+    cluster = make_cluster()
+    request = make_active_request()
+    cluster.dispatcher.submit(request, 0.0)
+    cluster.kill("decode-0", 1.0)
+    cluster.join("decode-1", Role.DECODE, 2.0)
+    cluster.kill("decode-1", 3.0)
+    assert isinstance(request.error, RequestFailedError)
+    assert "decode-0, decode-1" in str(request.error)
+    assert "router.max_worker_deaths is 2" in str(request.error)
+    cluster.run(3.0, 2)
+    assert_nothing_left(cluster)
+
+
+def test_internal_failures_are_retried_up_to_the_setting() -> None:
+    cluster = make_cluster(RouterSettings(max_internal_failures=2))
+    request = make_active_request()
+    cluster.dispatcher.submit(request, 0.0)
+    now = 0.0
+    for _ in range(2):
+        assert request.error is None
+        now = cluster.run(now, 2)
+        cluster.workers["decode-0"].fail(0, FailureReason.INTERNAL)
+        now = cluster.run(now, 1)
+    assert isinstance(request.error, RequestFailedError)
+    assert "router.max_internal_failures is 2" in str(request.error)
+    cluster.run(now, 2)
+    assert_nothing_left(cluster)
+
+
+def test_refusal_waits_longer_each_time_and_is_no_resumption() -> None:
+    cluster = make_cluster()
+    worker = cluster.workers["decode-0"]
+    worker.refuses = True
+    request = make_active_request()
+    cluster.dispatcher.submit(request, 0.0)
+    now, waits = 0.0, []
+    for _ in range(5):
+        cluster.deliver_all(now)
+        ready = cluster.dispatcher.next_timer_s(now)
+        assert ready is not None
+        waits.append(round(ready - now, 6))
+        cluster.dispatcher.dispatch(now)
+        assert len(cluster.dispatcher.queue) == 1
+        now = ready
+        cluster.dispatcher.dispatch(now)
+        assert len(cluster.dispatcher.queue) == 0
+    assert waits == [0.005, 0.01, 0.02, 0.04, 0.08]
+    worker.refuses = False
+    cluster.run(now + 1, 12)
+    assert_complete(request)
+    assert request.num_resumed == 0
+    assert_nothing_left(cluster)
+
+
+def test_cancel_frees_both_workers_and_the_queue() -> None:
+    cluster = make_cluster()
+    running, waiting = make_active_request("a"), make_active_request("b", range(1000))
+    cluster.dispatcher.submit(running, 0.0)
+    cluster.dispatcher.submit(waiting, 0.0)
+    assert len(cluster.dispatcher.queue) == 1
+    for request in (running, waiting):
+        cluster.dispatcher.fail(request, CancelledError("gone"), 1.0)
+    assert {worker_id for worker_id, _, _ in cluster.cancels} == {"prefill-0", "decode-0"}
+    cluster.run(1.0, 1)
+    assert_nothing_left(cluster)
+
+
+def test_expired_request_says_how_far_it_came() -> None:
+    cluster = make_cluster()
+    request = make_active_request(max_tokens=100)
+    cluster.dispatcher.submit(request, 0.0)
+    cluster.run(0.0, 4)
+    cluster.dispatcher.expire(request, "timeout_s, 4 s", 4.0)
+    assert "tokens were generated" in str(request.error)
+    assert "the limit was timeout_s, 4 s" in str(request.error)
+    cluster.run(4.0, 2)
+    assert_nothing_left(cluster)
+
+
+def test_without_workers_requests_wait_and_are_served_when_one_joins() -> None:
+    cluster = SimulatedCluster(ORACLE, RouterSettings(max_queue_requests=1))
+    request = make_active_request()
+    cluster.dispatcher.submit(request, 0.0)
+    with pytest.raises(QueueFullError):
+        cluster.dispatcher.submit(make_active_request("b"), 0.0)
+    cluster.join("decode-0", Role.DECODE, 1.0, local_prefill_tokens=100)
+    cluster.run(1.0, 12)
+    assert_complete(request)
+    assert_nothing_left(cluster)
+
+
+def test_many_queued_requests_that_are_too_large_fail_when_the_pool_is_known() -> None:
+    cluster = SimulatedCluster(ORACLE, RouterSettings(max_queue_requests=3000))
+    requests = [make_active_request(str(i), range(40)) for i in range(2000)]
+    for request in requests:
+        cluster.dispatcher.submit(request, 0.0)
+    cluster.join("decode-0", Role.DECODE, 1.0, num_blocks=2)
+    assert all(isinstance(request.error, InvalidRequestError) for request in requests)
+    assert_nothing_left(cluster)
+
+
+def test_default_max_tokens_is_lowered_to_what_the_pool_holds_and_an_explicit_one_is_refused() -> (
+    None
+):
+    cluster = SimulatedCluster(ORACLE)
+    cluster.join("decode-0", Role.DECODE, 0.0, num_blocks=3, local_prefill_tokens=100)
+    open_ended = make_active_request(max_tokens=500)
+    open_ended.max_tokens_is_default = True
+    cluster.dispatcher.submit(open_ended, 0.0)
+    assert open_ended.journal.sampling.max_tokens == 2 * 16 - 3
+    with pytest.raises(InvalidRequestError, match="largest decode worker has 3"):
+        cluster.dispatcher.submit(make_active_request("b", max_tokens=500), 0.0)
+
+
+def test_stop_string_cancels_its_choice_at_the_workers() -> None:
+    cluster = make_cluster()
+    request = make_active_request(n=2)
+    stop = expected_output(ORACLE, [1, 2, 3], 3, choice=1)[2]
+    request.journal.choices[1]._text._stop_token = stop  # type: ignore[attr-defined]
+    cluster.dispatcher.submit(request, 0.0)
+    cluster.run(0.0, 12)
+    assert len(request.journal.choices[1].output) == 3
+    assert ("decode-0", request.wire_id, (1,)) in [
+        (worker_id, key.request_id, choices) for worker_id, key, choices in cluster.cancels
+    ]
+    assert request.is_done
+    assert_nothing_left(cluster)
+
+
+@st.composite
+def events(draw: st.DrawFn) -> list[tuple[str, int, int]]:
+    kinds = ["take", "take", "take", "send", "send", "send", "step", "step", "step"]
+    kinds += ["kill", "join", "fail", "refuse", "submit", "cancel", "tick"]
+    return draw(
+        st.lists(
+            st.tuples(st.sampled_from(kinds), st.integers(0, 7), st.integers(0, 7)),
+            max_size=120,
+        )
+    )
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(events(), st.integers(0, 40))
+def test_streams_are_what_they_would_have_been_whatever_happens(
+    script: list[tuple[str, int, int]], local_prefill_tokens: int
+) -> None:
+    logging.disable(logging.WARNING)
+    cluster = SimulatedCluster(ORACLE, PATIENT)
+    names = ["prefill-0", "decode-0", "prefill-1", "decode-1"]
+    requests: list[ActiveRequest] = []
+    cancelled: set[ActiveRequest] = set()
+    now = 0.0
+
+    def join(worker_id: str) -> None:
+        role = Role(worker_id.split("-")[0])
+        local = local_prefill_tokens if role is Role.DECODE else 0
+        cluster.join(worker_id, role, now, num_blocks=24, local_prefill_tokens=local)
+
+    def submit(pick: int, count: int) -> None:
+        prompt = [number + pick for number in range(1, 2 + 9 * pick)]
+        name = str(len(requests))
+        request = make_active_request(
+            name, prompt, n=1 + count % 3, max_tokens=1 + count, arrived_s=now
+        )
+        requests.append(request)
+        cluster.dispatcher.submit(request, now)
+
+    for name in names[:2]:
+        join(name)
+    submit(1, 5)
+    for kind, pick, count in script:
+        now += 0.001
+        name = names[pick % len(names)]
+        worker = cluster.workers.get(name)
+        if kind == "submit":
+            submit(pick, count)
+        elif kind == "cancel":
+            request = requests[pick % len(requests)]
+            if not request.is_done:
+                cancelled.add(request)
+            cluster.dispatcher.fail(request, CancelledError("gone"), now)
+        elif kind == "join" and worker is None:
+            join(name)
+        elif kind == "tick":
+            now += 1.0
+            cluster.dispatcher.dispatch(now)
+        elif worker is None:
+            continue
+        elif kind == "kill":
+            cluster.kill(name, now)
+        elif kind == "take" and worker.inbox:
+            worker.inbox.popleft()()
+        elif kind == "send" and worker.outbox:
+            worker.outbox.popleft()(now)
+        elif kind == "step":
+            worker.step()
+        elif kind == "fail":
+            worker.fail(count, list(FailureReason)[count % len(FailureReason)])
+        elif kind == "refuse":
+            worker.refuses = not worker.refuses
+        for request in requests:
+            for choice in request.journal.choices:
+                wanted = expected_output(
+                    ORACLE,
+                    request.journal.prompt.tolist(),
+                    len(choice.output),
+                    choice.choice,
+                )
+                assert choice.output == wanted
+    for name in names:
+        if name not in cluster.workers:
+            join(name)
+        cluster.workers[name].refuses = False
+    now = cluster.run(now + 1, 150)
+    cluster.run(now, 2)
+    for request in requests:
+        if request in cancelled:
+            assert isinstance(request.error, CancelledError)
+        else:
+            assert_complete(request)
+    assert_nothing_left(cluster)

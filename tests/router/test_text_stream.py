@@ -1,0 +1,126 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_tokenizer import EOS_ID, byte_ids, byte_tokenizer, sentencepiece_tokenizer
+
+from paceline.router.text_stream import StopStrings, TextStream
+
+TOKENIZER = byte_tokenizer()
+
+
+def make_stream(*stop: str, min_tokens: int = 0, silent: tuple[int, ...] = ()) -> TextStream:
+    return TextStream(TOKENIZER, byte_ids("Q: "), stop=stop, silent=silent, min_tokens=min_tokens)
+
+
+def push_all(stream: TextStream, token_ids: list[int]) -> tuple[list[str], int | None]:
+    """Return the pieces of text, and how many tokens there were when a stop string was complete."""
+    pieces = []
+    for count, token_id in enumerate(token_ids, 1):
+        found = stream.push(token_id)
+        pieces.append(stream.take())
+        if found:
+            return pieces, count
+    stream.flush()
+    pieces.append(stream.take())
+    return pieces, None
+
+
+def test_character_split_over_tokens_comes_out_whole() -> None:
+    pieces, _ = push_all(make_stream(), byte_ids("aé€😀z"))
+    assert [piece for piece in pieces if piece] == ["a", "é", "€", "😀", "z"]
+
+
+def test_incomplete_character_at_the_end_is_replaced() -> None:
+    pieces, _ = push_all(make_stream(), byte_ids("ab") + byte_ids("😀")[:2])
+    assert "".join(pieces).startswith("ab")
+    assert "�" in pieces[-1]
+
+
+def test_special_and_silent_tokens_have_no_text() -> None:
+    silent = byte_ids("!")[0]
+    pieces, _ = push_all(make_stream(silent=(silent,)), [*byte_ids("a!b"), EOS_ID])
+    assert "".join(pieces) == "ab"
+
+
+def test_stop_string_over_token_borders_is_cut_from_the_text() -> None:
+    pieces, count = push_all(make_stream("STOP"), byte_ids("go on STOP now"))
+    assert "".join(pieces) == "go on "
+    assert count == len("go on STOP")
+
+
+def test_text_that_could_begin_a_stop_string_is_held_back_and_let_go_when_it_does_not() -> None:
+    stream = make_stream("STOP")
+    pieces, _ = push_all(stream, byte_ids("aSTOxST"))
+    assert pieces[:5] == ["a", "", "", "", "STOx"]
+    assert pieces[-1] == "ST"
+
+
+def test_earliest_of_several_stop_strings_wins() -> None:
+    pieces, count = push_all(make_stream("ab", "b", "cd"), byte_ids("xxabcd"))
+    assert "".join(pieces) == "xx"
+    assert count == 4
+
+
+def test_stop_string_made_of_a_split_character_is_found() -> None:
+    pieces, count = push_all(make_stream("€"), byte_ids("5€ please"))
+    assert "".join(pieces) == "5"
+    assert count == 4
+
+
+def test_stop_strings_do_not_count_before_min_tokens() -> None:
+    pieces, count = push_all(make_stream("b", min_tokens=2), byte_ids("abab"))
+    assert "".join(pieces) == "aba"
+    assert count == 4
+
+
+def test_space_before_the_first_word_is_kept() -> None:
+    tokenizer = sentencepiece_tokenizer(["▁", "▁Hello", "▁world", "x"])
+    prompt = [tokenizer.token_to_id("x")]
+    stream = TextStream(tokenizer, prompt)
+    words = [tokenizer.token_to_id(word) for word in ("▁Hello", "▁world")]
+    assert "".join(push_all(stream, words)[0]) == " Hello world"
+
+
+def test_byte_fallback_tokens_become_characters() -> None:
+    tokenizer = sentencepiece_tokenizer(["▁Hi"])
+    stream = TextStream(tokenizer, [tokenizer.token_to_id("▁Hi")])
+    tokens = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "😀".encode()]
+    assert "".join(push_all(stream, tokens)[0]) == "😀"
+
+
+def test_token_outside_the_tokenizers_vocabulary_has_no_text() -> None:
+    assert "".join(push_all(make_stream(), [*byte_ids("a"), 100_000, *byte_ids("b")])[0]) == "ab"
+
+
+@given(st.text(max_size=40))
+def test_streamed_text_is_the_text(text: str) -> None:
+    assert "".join(push_all(make_stream(), byte_ids(text))[0]) == text
+
+
+@given(
+    st.text(alphabet="abc", max_size=30),
+    st.lists(st.text(alphabet="abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.data(),
+)
+def test_stop_strings_cut_as_a_search_of_the_whole_text_would(
+    text: str, stop: list[str], data: st.DataObject
+) -> None:
+    stops = StopStrings(stop)
+    given_out, end = "", 0
+    while end < len(text) and not stops.found:
+        start, end = end, data.draw(st.integers(end + 1, len(text)))
+        given_out += stops.push(text[start:end])
+    seen = text[:end]
+    cuts = [seen.find(string) for string in stop if string in seen]
+    assert stops.found == bool(cuts)
+    if cuts:
+        assert given_out == seen[: min(cuts)]
+    else:
+        assert given_out + stops.release() == text
+
+
+@pytest.mark.parametrize("stop", ["aab", "aaab"])
+def test_repeated_beginnings_of_a_stop_string_are_not_missed(stop: str) -> None:
+    pieces, count = push_all(make_stream(stop), byte_ids("aaaab"))
+    assert "".join(pieces) == "aaaab".removesuffix(stop)
+    assert count == 5

@@ -1,0 +1,118 @@
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from tiny_tokenizer import BOS_ID, TEMPLATE, byte_ids, byte_tokenizer, write_tokenizer
+
+from paceline.errors import ConfigError, InvalidRequestError
+from paceline.router.chat_template import ChatMessage, ChatTemplate
+from paceline.router.tokenize import PromptTokenizer
+
+HELLO = [ChatMessage("user", "hello")]
+
+
+async def test_special_tokens_are_those_of_the_post_processor(tmp_path: Path) -> None:
+    with_bos = PromptTokenizer.from_folder(write_tokenizer(tmp_path, adds_bos=True), 1)
+    assert await with_bos.encode_text("hi") == [BOS_ID, *byte_ids("hi")]
+    plain = PromptTokenizer.from_folder(write_tokenizer(tmp_path, adds_bos=False), 1)
+    assert await plain.encode_text("hi") == byte_ids("hi")
+    assert await plain.encode_text("") == []
+
+
+async def test_chat_has_the_special_tokens_of_its_template_and_no_others(tmp_path: Path) -> None:
+    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path, adds_bos=True), 1)
+    ids = await tokenizer.encode_chat(HELLO)
+    assert ids == [BOS_ID, *byte_ids("[user]hello\n[assistant]")]
+
+
+async def test_template_in_its_own_file_wins(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("own")
+    tokenizer = PromptTokenizer.from_folder(tmp_path, 1)
+    assert await tokenizer.encode_chat(HELLO) == byte_ids("own")
+
+
+async def test_default_of_several_named_templates_is_used(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    tokenizer = PromptTokenizer.from_folder(tmp_path, 1)
+    assert await tokenizer.encode_chat(HELLO) == byte_ids("yes")
+
+
+async def test_chat_without_template_is_refused(tmp_path: Path) -> None:
+    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path, template=None), 1)
+    assert not tokenizer.has_chat_template
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        await tokenizer.encode_chat(HELLO)
+
+
+async def test_empty_conversation_is_refused(tmp_path: Path) -> None:
+    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path), 1)
+    with pytest.raises(InvalidRequestError, match="at least one message"):
+        await tokenizer.encode_chat([])
+
+
+async def test_what_the_template_says_against_messages_reaches_the_client(tmp_path: Path) -> None:
+    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path), 1)
+    with pytest.raises(InvalidRequestError, match="no such role: pirate"):
+        await tokenizer.encode_chat([ChatMessage("pirate", "ahoy")])
+
+
+async def test_many_prompts_are_tokenized_at_once(tmp_path: Path) -> None:
+    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path), 2)
+    texts = [str(number) for number in range(50)]
+    ids = await asyncio.gather(*map(tokenizer.encode_text, texts))
+    assert ids == [byte_ids(text) for text in texts]
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
+        PromptTokenizer.from_folder(tmp_path, 1)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="not a tokenizer that can be read"):
+        PromptTokenizer.from_folder(tmp_path, 1)
+    write_tokenizer(tmp_path, template="{% if %}")
+    with pytest.raises(ConfigError, match="does not compile"):
+        PromptTokenizer.from_folder(tmp_path, 1)
+
+
+def test_templates_have_what_transformers_gives_them() -> None:
+    source = (
+        "{%- for m in messages %}\n    {%- if loop.first %}{% continue %}{% endif %}\n"
+        "{% generation %}{{ m | tojson }}{% endgeneration %}\n{%- endfor %}"
+        "{{ strftime_now('%Y') | length }}{{ tools is none }}"
+    )
+    text = ChatTemplate(source, {}).render([*HELLO, ChatMessage("user", "<é>")])
+    assert '{"role": "user", "content": "<é>"}' in text
+    assert text.endswith("4True")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{% set x = messages.append(1) %}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ 1 / 0 }}",
+        "{{ messages[7].content.x }}",
+    ],
+)
+def test_templates_cannot_leave_their_sandbox(source: str) -> None:
+    with pytest.raises(InvalidRequestError):
+        ChatTemplate(source, {}).render(HELLO)
+
+
+def test_template_equals_transformers_rendering(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=byte_tokenizer(), bos_token="<bos>", eos_token="<eos>"
+    )
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<b>&"}]
+    wanted = reference.apply_chat_template(
+        messages, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=True
+    )
+    template = ChatTemplate(TEMPLATE, {"bos_token": "<bos>", "eos_token": "<eos>"})
+    assert template.render([ChatMessage(**m) for m in messages]) == wanted

@@ -1,0 +1,118 @@
+"""A world without Ray for the controller: processes that do what a test tells them."""
+
+import asyncio
+from collections.abc import Mapping
+
+from paceline.cluster.launcher import (
+    Capacity,
+    Membership,
+    ProcessDiedError,
+    ProcessReport,
+    Started,
+    StartupStep,
+)
+from paceline.cluster.process_state import ProcessName, Role
+
+
+class FakeProcess:
+    """Becomes READY when `can_start` is set; dies, hangs and gets busy by order of the test."""
+
+    def __init__(self, name: ProcessName, can_start: bool) -> None:
+        self.name = name
+        self.started = asyncio.Event()
+        if can_start:
+            self.started.set()
+        self.is_busy = False
+        self.is_silent = False
+        self.is_draining = False
+        self.seconds_since_progress = 0.0
+        self.memberships: list[Membership] = []
+        self.was_killed = False
+        self._ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def lives(self) -> bool:
+        return not self._ended.done()
+
+    def die(self, cause: str) -> None:
+        if not self._ended.done():
+            self._ended.set_result(cause)
+
+    def _check(self) -> None:
+        if self._ended.done():
+            raise ProcessDiedError(self._ended.result() or "it was stopped")
+
+    async def start(self) -> Started:
+        waits = [asyncio.ensure_future(self.started.wait()), self._ended]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        self._check()
+        return Started("127.0.0.1:1", 1, "127.0.0.1")
+
+    async def wait(self) -> None:
+        cause = await asyncio.shield(self._ended)
+        if cause is not None:
+            raise ProcessDiedError(cause)
+
+    async def report(self) -> ProcessReport:
+        self._check()
+        if self.is_silent:
+            await asyncio.Event().wait()
+        return ProcessReport(
+            started=Started("127.0.0.1:1", 1, "127.0.0.1") if self.started.is_set() else None,
+            steps=(StartupStep("load the model", 0.1),),
+            loading=None,
+            pid=1,
+            memory_bytes=1,
+            draining=self.is_draining,
+            is_idle=not self.is_busy,
+            seconds_since_progress=self.seconds_since_progress,
+            num_running=int(self.is_busy),
+        )
+
+    async def update_membership(self, membership: Membership) -> None:
+        self._check()
+        self.memberships.append(membership)
+
+    async def drain(self) -> None:
+        self._check()
+        self.is_draining = True
+
+    async def stop(self) -> None:
+        self._check()
+        self._ended.set_result(None)
+
+    async def kill(self) -> None:
+        self.was_killed = True
+        self.die("it was killed")
+
+
+class FakeLauncher:
+    """Keeps every process it launched, by incarnation."""
+
+    def __init__(self) -> None:
+        self.launched: list[FakeProcess] = []
+        self.can_start = True
+        self.capacity_now = Capacity({"CPU": 2.0}, 1, 16 << 30, 8 << 30)
+        self.saved: dict[Role, int] | None = None
+
+    async def launch(self, name: ProcessName) -> FakeProcess:
+        process = FakeProcess(name, self.can_start)
+        self.launched.append(process)
+        return process
+
+    async def adopt(self) -> list[FakeProcess]:
+        return [process for process in self.launched if process.lives]
+
+    async def capacity(self) -> Capacity:
+        return self.capacity_now
+
+    async def save_wanted(self, wanted: Mapping[Role, int]) -> None:
+        self.saved = dict(wanted)
+
+    async def load_wanted(self) -> dict[Role, int] | None:
+        return self.saved
+
+    def living(self, worker_id: str) -> FakeProcess:
+        """Return the one living process of this id."""
+        (process,) = [p for p in self.launched if p.name.worker_id == worker_id and p.lives]
+        return process
