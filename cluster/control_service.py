@@ -34,9 +34,8 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Request, Response]"
 class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     """Serve `paceline.v1.ControlService` on the controller's event loop."""
 
-    def __init__(self, controller: Controller, model_name: str) -> None:
+    def __init__(self, controller: Controller) -> None:
         self._controller = controller
-        self._model_name = model_name
 
     async def GetStatus(
         self,
@@ -46,10 +45,12 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         controller = self._controller
         return control_pb2.GetStatusResponse(
             deployment=controller.settings.deployment,
-            model=self._model_name,
+            model=controller.model_name,
             processes=[_process(p) for p in controller.processes],
             pools=_pools(controller),
-            events=[control_pb2.Event(time_s=e.time_s, message=e.message) for e in controller.events],
+            events=[
+                control_pb2.Event(time_s=e.time_s, message=e.message) for e in controller.events
+            ],
             uptime_s=time.monotonic() - controller.started_s,
         )
 

@@ -78,6 +78,12 @@ class Controller:
             self._processes.values(), key=lambda p: (order.index(p.name.role), p.name.number)
         )
 
+    @property
+    def model_name(self) -> str:
+        """Name of the served model; empty until a router has said it."""
+        reports = (p.report for p in self._processes.values() if p.report is not None)
+        return next((report.model_name for report in reports if report.model_name), "")
+
     async def run(self) -> None:
         """Adopt what lives, then work until cancelled."""
         await self._adopt()
@@ -97,7 +103,9 @@ class Controller:
         problem = missing_prefill_problem(wanted[Role.PREFILL], self.settings.decode)
         if problem is not None:
             raise ConfigError(problem)
-        num_more = {role: wanted[role] - self._num_live(role) for role in (Role.PREFILL, Role.DECODE)}
+        num_more = {
+            role: wanted[role] - self._num_live(role) for role in (Role.PREFILL, Role.DECODE)
+        }
         check_capacity(self.settings, wanted, num_more, await self._launcher.capacity())
         self.wanted = wanted
         await self._launcher.save_wanted(wanted)
@@ -121,9 +129,7 @@ class Controller:
             )
         role = ready.name.role
         sizes = self._checked_pools({role.value: self.wanted[role] - 1})
-        problem = missing_prefill_problem(
-            (self.wanted | sizes)[Role.PREFILL], self.settings.decode
-        )
+        problem = missing_prefill_problem((self.wanted | sizes)[Role.PREFILL], self.settings.decode)
         if problem is not None:
             raise ConfigError(problem)
         self.wanted |= sizes
@@ -147,7 +153,9 @@ class Controller:
         for pool, size in sizes.items():
             if pool not in (Role.PREFILL.value, Role.DECODE.value):
                 raise InvalidRequestError(
-                    Violation("pools", f"there is no pool {pool!r}; the pools are prefill and decode")
+                    Violation(
+                        "pools", f"there is no pool {pool!r}; the pools are prefill and decode"
+                    )
                 )
             if size < 0:
                 raise InvalidRequestError(
@@ -207,12 +215,12 @@ class Controller:
             if process.state is ProcessState.STARTING:
                 watching = asyncio.create_task(self._watch(process), name=f"watch {process.name}")
                 async with asyncio.timeout(limit_s):
-                    self._ready(process, await process.process.start(), await process.process.report())
+                    self._ready(
+                        process, await process.process.start(), await process.process.report()
+                    )
                 await process.process.wait()
         except TimeoutError:
-            cause = (
-                f"it was not READY {limit_s:g} s after its start (controller.start_timeout_s)"
-            )
+            cause = f"it was not READY {limit_s:g} s after its start (controller.start_timeout_s)"
         except PacelineError as error:
             cause = str(error)
         finally:
@@ -263,7 +271,9 @@ class Controller:
         assert process.process is not None
         interval_s = self.settings.controller.poll_interval_s
         while True:
-            with contextlib.suppress(TimeoutError, ProcessDiedError):  # its own task hears of a death
+            with contextlib.suppress(
+                TimeoutError, ProcessDiedError
+            ):  # its own task hears of a death
                 async with asyncio.timeout(max(1.0, interval_s)):
                     report = await process.process.report()
                 process.heard(report, time.monotonic())

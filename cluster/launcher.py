@@ -28,8 +28,6 @@ class Started(NamedTuple):
     address: str
     """host:port of its gRPC server."""
     pid: int
-    host: str
-    """Address of its machine, as Ray names it."""
 
 
 class LoadProgress(NamedTuple):
@@ -44,8 +42,6 @@ class LoadProgress(NamedTuple):
 class ProcessReport:
     """A process as it describes itself, at any time of its life."""
 
-    started: Started | None
-    """None while it is STARTING."""
     steps: tuple[StartupStep, ...]
     loading: LoadProgress | None
     pid: int
@@ -58,6 +54,8 @@ class ProcessReport:
     num_free_blocks: int = 0
     num_running: int = 0
     num_waiting: int = 0
+    model_name: str = ""
+    """Routers say which model they serve."""
 
 
 class Member(NamedTuple):

@@ -43,7 +43,9 @@ def _check_resources(
         needs = sum(wanted[role] * share for role, share in shares.items())
         if needs > has:
             parts = " + ".join(
-                f"{wanted[role]} {role.value} × {share:g}" for role, share in shares.items() if share
+                f"{wanted[role]} {role.value} × {share:g}"
+                for role, share in shares.items()
+                if share
             )
             raise CapacityError(
                 f"the pools would need {needs:g} {name} ({parts}), and the Ray cluster has {has:g}. "

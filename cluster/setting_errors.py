@@ -72,7 +72,9 @@ def _problem(key: str, problems: "list[ErrorDetails]") -> str:
         # Our own checks: their text names keys and numbers already.
         return details["msg"].removeprefix("Value error, ")
     # One value may break several rules: those of each member of a union.
-    rules = [p["msg"].replace("Input should", "must").replace("String should", "must") for p in problems]
+    rules = [
+        p["msg"].replace("Input should", "must").replace("String should", "must") for p in problems
+    ]
     rule = " or ".join(dict.fromkeys(rules))
     return f"{key} is {details['input']!r}: {rule}{_purpose(key)}"
 

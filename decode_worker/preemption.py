@@ -30,7 +30,7 @@ def choose_victim(attempts: SequenceOf[Attempt]) -> Victim | None:
             return None if attempt is oldest else Victim(attempt, tuple(waiting))
         running = attempt.in_state(SequenceState.RUNNING)
         if attempt is oldest:
-            running = running[1:]
+            pass
         if running:
             return Victim(attempt, (running[-1],))
     return None

@@ -20,7 +20,6 @@ class PairEnd:
         device: GlooDevice,
         rank: int,
         timeout_s: float,
-        run: Callable[[], None],
     ) -> None:
         self.peer = peer
         self.pool = pool
@@ -34,17 +33,18 @@ class PairEnd:
         self._rank = rank
         self._store: ChannelStore | None = None
         self._communicator: Communicator | None = None
-        self._run = run
         self._thread: threading.Thread | None = None
 
     def send(self, message: PairMessage) -> None:
         self._channel.send(encode(message))
 
-    def start(self) -> None:
-        """Start the thread if it does not run. Called with `changed` held."""
+    def start(self, run: Callable[[], None]) -> None:
+        """Start the thread with the end's loop if it does not run. Called with `changed` held."""
         if self._thread is None:
             name = f"kv-{'send' if self._rank == 0 else 'recv'}-{self.peer}"
-            self._thread = threading.Thread(target=self._run_and_free, name=name, daemon=True)
+            self._thread = threading.Thread(
+                target=self._run_and_free, args=(run,), name=name, daemon=True
+            )
             self._thread.start()
 
     def begin_generation(self, generation: int) -> None:
@@ -118,8 +118,8 @@ class PairEnd:
             self._thread.join(timeout_s)
         return self.has_ended
 
-    def _run_and_free(self) -> None:
+    def _run_and_free(self, run: Callable[[], None]) -> None:
         try:
-            self._run()
+            run()
         finally:
             self.drop_communicator()

@@ -27,7 +27,7 @@ class PairOwner:
         device: GlooDevice,
         timeout_s: float,
     ) -> None:
-        self.end = PairEnd(reader, pool, channel, device, OWNER_RANK, timeout_s, self._run)
+        self.end = PairEnd(reader, pool, channel, device, OWNER_RANK, timeout_s)
         self._pool = pool
         self._blocks = pool.blocks.numpy()
         self._is_readable = is_readable
@@ -43,7 +43,7 @@ class PairOwner:
                     if not end.is_closing:
                         self._asks.append(message)
                         end.changed.notify_all()
-                        end.start()
+                        end.start(self._run)
             case Drop(seq):
                 with end.changed:
                     self._dropped_seq = max(self._dropped_seq, seq)

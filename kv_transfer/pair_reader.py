@@ -42,7 +42,7 @@ class PairReader:
         device: GlooDevice,
         timeout_s: float,
     ) -> None:
-        self.end = PairEnd(owner, pool, channel, device, READER_RANK, timeout_s, self._run)
+        self.end = PairEnd(owner, pool, channel, device, READER_RANK, timeout_s)
         self._num_owner_blocks = num_owner_blocks
         self._pool = pool
         self._blocks = pool.blocks.numpy()
@@ -109,7 +109,7 @@ class PairReader:
                 # Within the lock, so that asks are sent in the order of their numbers.
                 end.send(Ask(self._last_seq, lease_id, read.num_bytes, is_probe, sources))
                 end.changed.notify_all()
-                end.start()
+                end.start(self._run)
                 return
         read.fail("the connection is closed")
 

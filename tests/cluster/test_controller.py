@@ -190,7 +190,9 @@ async def test_scaling_prefill_to_zero_needs_local_prefill() -> None:
 
 async def test_more_memory_than_is_free_is_refused_with_the_numbers() -> None:
     controller = Controller(make_settings(decode={"kv_cache_bytes": 2 << 30}), FakeLauncher())
-    with pytest.raises(CapacityError, match=r"10 decode × 2\.6 GiB.*8\.0 GiB of 16\.0 GiB are free"):
+    with pytest.raises(
+        CapacityError, match=r"10 decode × 2\.6 GiB.*8\.0 GiB of 16\.0 GiB are free"
+    ):
         await controller.scale({"decode": 10, "prefill": 1})
 
 

@@ -6,6 +6,7 @@ step, a block that a read may still write belongs to nobody else, and at the end
 """
 
 import numpy as np
+import pytest
 from decode_simulation import DecodeSimulation, Dispatch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -240,6 +241,54 @@ DecodeSchedulerStates.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestDecodeSchedulerStates = DecodeSchedulerStates.TestCase
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_run_under_pressure_ends_every_choice_with_the_reference(
+    depth: int, seed: int
+) -> None:
+    """Rare mishaps, many tokens, a pool that is too small: what came back is dispatched again."""
+    machine = DecodeSchedulerStates()
+    machine.build(num_blocks=24, max_num_seqs=6, budget=12, depth=depth)
+    simulation, rng = machine.simulation, np.random.default_rng(seed)
+
+    def chance(probability: float) -> bool:
+        return bool(rng.random() < probability)
+
+    for _ in range(300):
+        if chance(0.3):
+            machine.submit(
+                prefix=PREFIXES[rng.integers(len(PREFIXES))],
+                tail=rng.integers(0, 4, size=rng.integers(1, 10)).tolist(),
+                num_choices=int(rng.integers(1, 4)),
+                max_tokens=int(rng.integers(1, 45)),
+                seed=int(rng.integers(3)),
+                stop=(),
+                ignore_eos=chance(0.7),
+                has_source=chance(0.6),
+                session=int(rng.integers(1, 3)),
+            )
+        number = int(rng.integers(1000))
+        if machine.importing() and chance(0.5):
+            machine.end_reads(number, confirm=chance(0.4))
+        if machine.unconfirmed() and chance(0.4):
+            machine.judge(number, held=chance(0.9))
+        if machine.importing() and chance(0.02):
+            machine.lose_owner(number, reads_end_first=chance(0.5))
+        if machine.open() and chance(0.02):
+            machine.cancel(number, all_choices=chance(0.5))
+        if machine.open() and chance(0.02):
+            machine.dispatch_newer(number, has_source=chance(0.5))
+        if machine.failed() and chance(0.7):
+            machine.resume(number, has_source=chance(0.5))
+        for _ in range(int(rng.integers(1, 4))):
+            simulation.step()
+    machine.teardown()
+    failures = [f for d in simulation.dispatches.values() for f in d.failures]
+    assert FailureReason.PREEMPTED in failures
+    assert simulation.runner.num_blocks_copied > 0
+    assert sum(len(o) for d in simulation.dispatches.values() for o in d.outputs.values()) > 500
 
 
 def test_both_depths_give_the_same_output() -> None:

@@ -16,6 +16,7 @@ from kv_peer import (
     OwnerProcess,
     OwnerSpec,
     ReaderProcess,
+    Resources,
     Worker,
     expected_blocks,
     resources,
@@ -32,7 +33,9 @@ MIB_BLOCKS = 1024  # a block of 1 MiB, so that 64 of them take a while
 class Pair:
     """A reader here and an owner there."""
 
-    def __init__(self, transport: str, *, incarnation: int = 7, reader: Worker, **spec: int) -> None:
+    def __init__(
+        self, transport: str, *, incarnation: int = 7, reader: Worker, **spec: int
+    ) -> None:
         self.reader = reader
         self.spec = OwnerSpec(transport, f"owner-0.{incarnation}", salt=incarnation, **spec)
         self.owner = OwnerProcess(self.spec)
@@ -69,6 +72,13 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = DEADLINE_S) -> 
     while not condition():
         assert time.monotonic() < end, f"not within {timeout_s} s"
         time.sleep(0.002)
+
+
+def wait_for_resources(expected: Resources) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while resources() != expected and time.monotonic() < end:
+        time.sleep(0.002)
+    assert resources() == expected
 
 
 def test_every_block_arrives_with_its_own_bytes(pair: Pair) -> None:
@@ -174,10 +184,15 @@ def test_reads_end_within_two_seconds_when_their_owner_is_killed(transport: str)
         assert outcome.state is ReadState.FAILED or torch.equal(reader.blocks, pair.expected())
     pair.close()
     # Gloo's listener stays for the next peer; it goes with the transport.
-    wait_until(lambda: resources().threads == [] and resources().mappings == idle.mappings)
+    wait_until(
+        lambda: (
+            not any("recv" in name for name in resources().threads)
+            and resources().mappings == idle.mappings
+        )
+    )
     reader.close()
     del reader, pair, handles
-    wait_until(lambda: resources() == before)
+    wait_for_resources(before)
 
 
 def test_a_reader_meets_the_replacement_of_an_owner_that_was_killed(transport: str) -> None:
@@ -204,9 +219,9 @@ def test_an_owner_frees_what_a_killed_reader_held(transport: str) -> None:
     reader.kill()
     delivering.join(2.0)
     assert not delivering.is_alive()
-    wait_until(lambda: resources().threads == [])
+    wait_until(lambda: resources().threads == before.threads)
     owner.transport.close()
-    wait_until(lambda: resources() == before)
+    wait_for_resources(before)
     owner.close()
 
 

@@ -146,8 +146,10 @@ class PrefillMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "simulation"):
             return
+        deadline = self.simulation.now + 1000
         while self.simulation.scheduler.has_work:
             self.step()
+            assert self.simulation.now < deadline, "the scheduler does not come to an end"
         assert not self.computing
         for key in self.complete:
             self.simulation.scheduler.release(key)

@@ -48,6 +48,8 @@ NUM_BLOCKS = 9
 BLOCK_TOKENS = 4
 TTL_S = 5.0
 RETENTION_S = 60.0
+TEXTS = ("0000000000000", "0000111100001", "1111000011110")
+"""Contexts are prefixes of these, so that many begin alike."""
 FIRST_TOKENS = (FirstToken(0, 1, False),)
 
 Slots = npt.NDArray[np.uint64]
@@ -91,11 +93,22 @@ class Import:
     plan: ReadPlan
     memory: Slots
     num_blocks_told: int = 0
+    told: Progress | None = None
     running: list[list[BlockRead]] = field(default_factory=list)
     num_halves_copied: int = 0
     """Of the first running read."""
     verdict: bool | None = None
     verdict_s: float = 0.0
+
+
+def is_behind(attempt: Import) -> bool:
+    """Whether an update can arrive: updates of an ended lease are still on their way."""
+    return attempt.told != attempt.lease.progress
+
+
+def is_exporting(context: Context) -> bool:
+    lease = context.lease
+    return lease is not None and lease.state is LeaseState.ALIVE and not lease.progress.is_complete
 
 
 class WatchedPins:
@@ -154,10 +167,12 @@ class BlocksAndLeases(RuleBasedStateMachine):
     # The owner's engine thread.
 
     @rule(
-        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=13),
-        tenant=st.sampled_from(["a", "a", "b"]),
+        text=st.sampled_from(TEXTS),
+        num_tokens=st.integers(1, 13),
+        tenant=st.sampled_from(["a", "a", "a", "b"]),
     )
-    def start(self, tokens: list[int], tenant: str) -> None:
+    def start(self, text: str, num_tokens: int, tenant: str) -> None:
+        tokens = [int(letter) for letter in text[:num_tokens]]
         array = np.array(tokens, dtype=np.int32)
         num_found = self.cache.num_matching_blocks(array, tenant)
         match = self.cache.match(array, tenant)
@@ -255,6 +270,7 @@ class BlocksAndLeases(RuleBasedStateMachine):
         self.contexts.remove(context)
         self.allocator.release(context.blocks)
 
+    @precondition(lambda self: self.cache.num_cached)
     @rule()
     def change_weights(self) -> None:
         self.weights += 1
@@ -265,8 +281,11 @@ class BlocksAndLeases(RuleBasedStateMachine):
         number=st.integers(0, 7),
         which_reader=st.integers(0, 1),
         is_new_request=st.booleans(),
+        is_served_at_once=st.booleans(),
     )
-    def grant(self, number: int, which_reader: int, is_new_request: bool) -> None:
+    def grant(
+        self, number: int, which_reader: int, is_new_request: bool, is_served_at_once: bool
+    ) -> None:
         context = self.pick(number)
         if context.lease is not None and context.lease.state is LeaseState.ALIVE:
             return
@@ -283,16 +302,22 @@ class BlocksAndLeases(RuleBasedStateMachine):
         memory = np.full((num_blocks, BLOCK_TOKENS), 7, dtype=np.uint64)
         expected = context.expected(num_tokens)
         self.imports.append(Import(reader, lease, self.incarnation, expected, plan, memory))
+        if is_served_at_once and self.write(context, num_tokens):
+            self.extend_and_publish_up_to(context, num_blocks)
 
-    @precondition(lambda self: self.contexts)
-    @rule(number=st.integers(0, 7), num_blocks=st.integers(1, 4))
-    def extend_and_publish(self, number: int, num_blocks: int) -> None:
-        context = self.pick(number)
+    @precondition(lambda self: any(map(is_exporting, self.contexts)))
+    @rule(number=st.integers(0, 7), num_blocks=st.integers(1, 4), num_tokens=st.integers(0, 8))
+    def extend_and_publish(self, number: int, num_blocks: int, num_tokens: int) -> None:
+        exporting = list(filter(is_exporting, self.contexts))
+        context = exporting[number % len(exporting)]
+        self.write(context, min(context.num_computed + num_tokens, len(context.tokens)))
+        self.extend_and_publish_up_to(context, num_blocks)
+
+    def extend_and_publish_up_to(self, context: Context, num_blocks: int) -> None:
         lease = context.lease
-        if lease is None or lease.state is not LeaseState.ALIVE or lease.progress.is_complete:
-            return
-        num_all = num_blocks_for(context.num_leased_tokens, BLOCK_TOKENS)
+        assert lease is not None
         num_before = len(lease.block_ids)
+        num_all = num_blocks_for(context.num_leased_tokens, BLOCK_TOKENS)
         self.table.extend(lease, context.blocks[num_before : min(num_before + num_blocks, num_all)])
         num_covered = len(lease.block_ids) * BLOCK_TOKENS
         num_tokens = min(context.num_computed, num_covered, context.num_leased_tokens)
@@ -314,17 +339,17 @@ class BlocksAndLeases(RuleBasedStateMachine):
             assert lease.state is LeaseState.HELD
         self.runs_io_inside = False
 
-    @precondition(lambda self: self.imports)
+    @precondition(lambda self: self.table.num_undecided)
     @rule(number=st.integers(0, 7), runs_io_inside=st.booleans())
     def revoke(self, number: int, runs_io_inside: bool) -> None:
-        lease = self.imports[number % len(self.imports)].lease
-        if self.table.find(lease.key) is not lease:
-            return
+        leases = self.table._leases_with_pins()
+        lease = leases[number % len(leases)]
         self.runs_io_inside = runs_io_inside
         is_revoked = self.table.revoke(lease, "cancelled", self.now)
         self.runs_io_inside = False
         assert is_revoked == (lease.state is LeaseState.REVOKED)
 
+    @precondition(lambda self: self.confirms or self.table.num_undecided)
     @rule()
     def crash_owner(self) -> None:
         self.incarnation += 1
@@ -362,30 +387,32 @@ class BlocksAndLeases(RuleBasedStateMachine):
 
     # The readers.
 
-    @precondition(lambda self: self.imports)
-    @rule(number=st.integers(0, 7))
-    def update_arrives(self, number: int) -> None:
-        attempt = self.imports[number % len(self.imports)]
-        if attempt.plan.all_read or attempt.verdict is not None:
-            return
+    @precondition(lambda self: any(map(is_behind, self.imports)))
+    @rule(number=st.integers(0, 7), copies_at_once=st.booleans())
+    def update_arrives(self, number: int, copies_at_once: bool) -> None:
+        waiting = list(filter(is_behind, self.imports))
+        attempt = waiting[number % len(waiting)]
         update = attempt.lease.update_since(attempt.num_blocks_told)
+        attempt.told = update.progress
         attempt.num_blocks_told += len(update.block_ids_added)
-        progress = update.progress
-        if attempt.plan._is_complete:
-            return
         reads = attempt.plan.update(
-            update.block_ids_added, progress.num_tokens, progress.is_complete
+            update.block_ids_added, update.progress.num_tokens, update.progress.is_complete
         )
         if reads:
             attempt.running.append(reads)
         elif attempt.plan.all_read:
             self.confirms.append(attempt)
+        while copies_at_once and attempt.running:
+            self.copy(attempt, 100)
 
     @precondition(lambda self: any(attempt.running for attempt in self.imports))
     @rule(number=st.integers(0, 7), count=st.integers(1, 6))
     def copy_half_blocks(self, number: int, count: int) -> None:
         reading = [attempt for attempt in self.imports if attempt.running]
-        attempt = reading[number % len(reading)]
+        self.copy(reading[number % len(reading)], count)
+
+    def copy(self, attempt: Import, count: int) -> None:
+        """Copy up to `count` half blocks of the first running read."""
         half = BLOCK_TOKENS // 2
         reads = attempt.running[0]
         for _ in range(min(count, 2 * len(reads) - attempt.num_halves_copied)):
@@ -406,6 +433,7 @@ class BlocksAndLeases(RuleBasedStateMachine):
         answered = [attempt for attempt in self.imports if attempt.verdict is not None]
         self.confirms.append(answered[number % len(answered)])
 
+    @precondition(lambda self: self.imports)
     @rule(which=st.integers(0, 1), is_noticed=st.booleans())
     def crash_reader(self, which: int, is_noticed: bool) -> None:
         reader = f"decode-{which}.{self.reader_incarnations[which]}"
@@ -498,13 +526,6 @@ class ChecksThenActs(LeaseTable):
         return True
 
 
-class ConfirmsIncompleteLeases(LeaseTable):
-    """Believes a reader that has read all that was published so far."""
-
-    def publish(self, lease: Lease, progress: Progress) -> None:
-        super().publish(lease, Progress(progress.num_tokens, progress.first_tokens))
-
-
 class ForgetsPins(BlockAllocator):
     """Frees a block with its last reference."""
 
@@ -545,19 +566,10 @@ class ReadsPartialBlocks(ReadPlan):
         self, block_ids_added: Sequence[int], num_tokens: int, complete: bool
     ) -> list[BlockRead]:
         rounded = num_blocks_for(num_tokens, self._block_tokens) * self._block_tokens
-        self._num_context_tokens, real = 10**6, self._num_context_tokens
-        try:
-            self._num_tokens = 0
-            return self._update_rounded(block_ids_added, rounded, complete)
-        finally:
-            self._num_context_tokens = real
+        return super().update(block_ids_added, rounded, complete)
 
-    def _update_rounded(
-        self, block_ids_added: Sequence[int], rounded: int, complete: bool
-    ) -> list[BlockRead]:
-        reads = super().update(block_ids_added, rounded, False)
-        self._is_complete = complete
-        return reads
+    def _check(self, num_added: int, num_tokens: int, complete: bool) -> None:
+        pass
 
 
 def with_bug(**attributes: object) -> type[BlocksAndLeases]:

@@ -1,4 +1,4 @@
-"""Whatever fails and in whatever order messages come, clients get the tokens they would have got."""
+"""Whatever fails, in whatever order messages come, clients get the tokens they would have got."""
 
 import logging
 
@@ -86,7 +86,7 @@ def test_death_before_decode_puts_the_request_back_and_cancels_it_at_the_survivo
     cluster.kill(victim, 1.0)
     assert [(worker_id, key.attempt) for worker_id, key, _ in cluster.cancels] == [(survivor, 1)]
     assert len(cluster.dispatcher.queue) == 1
-    cluster.join(victim, Role(victim.split("-")[0]), 2.0)
+    cluster.join(victim, Role(victim.split("-", maxsplit=1)[0]), 2.0)
     cluster.run(2.0, 12)
     assert_complete(request)
     assert request.num_resumed == 1
@@ -277,7 +277,7 @@ def test_streams_are_what_they_would_have_been_whatever_happens(
     now = 0.0
 
     def join(worker_id: str) -> None:
-        role = Role(worker_id.split("-")[0])
+        role = Role(worker_id.split("-", maxsplit=1)[0])
         local = local_prefill_tokens if role is Role.DECODE else 0
         cluster.join(worker_id, role, now, num_blocks=24, local_prefill_tokens=local)
 

@@ -24,7 +24,7 @@ def say(violations: object) -> str:
 def test_unknown_model_is_named_with_the_served_one() -> None:
     check_model("", MODEL)
     check_model("tiny", MODEL)
-    with pytest.raises(ModelNotFoundError, match="'gpt' is not served here.*'tiny'"):
+    with pytest.raises(ModelNotFoundError, match=r"'gpt' is not served here.*'tiny'"):
         check_model("gpt", MODEL)
 
 

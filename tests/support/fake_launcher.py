@@ -46,7 +46,7 @@ class FakeProcess:
         waits = [asyncio.ensure_future(self.started.wait()), self._ended]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         self._check()
-        return Started("127.0.0.1:1", 1, "127.0.0.1")
+        return Started("127.0.0.1:1", 1)
 
     async def wait(self) -> None:
         cause = await asyncio.shield(self._ended)
@@ -58,7 +58,6 @@ class FakeProcess:
         if self.is_silent:
             await asyncio.Event().wait()
         return ProcessReport(
-            started=Started("127.0.0.1:1", 1, "127.0.0.1") if self.started.is_set() else None,
             steps=(StartupStep("load the model", 0.1),),
             loading=None,
             pid=1,

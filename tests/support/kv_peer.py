@@ -32,7 +32,7 @@ from paceline.kv_transfer.transport import (
 
 LEASE = 2**63 + 5
 NO_LEASE = 77
-DEADLINE_S = 20.0
+DEADLINE_S = 10.0
 
 
 class Worker:
@@ -141,9 +141,7 @@ class OwnerSpec:
 
 def _serve(spec: OwnerSpec, session_pipe: Pipe, control: Pipe) -> None:
     torch.set_num_threads(1)
-    worker = Worker(
-        spec.transport, spec.name, spec.num_blocks, spec.block_kib, spec.read_timeout_s
-    )
+    worker = Worker(spec.transport, spec.name, spec.num_blocks, spec.block_kib, spec.read_timeout_s)
     worker.fill(spec.salt)
     revoked = threading.Event()
 
@@ -263,9 +261,7 @@ class Link:
 
     def __init__(self, reader: Worker, owner: OwnerProcess) -> None:
         self.session = PipeSession(owner.session_pipe)
-        self.connection = reader.transport.connect(
-            owner.spec.name, 1, owner.endpoint, self.session
-        )
+        self.connection = reader.transport.connect(owner.spec.name, 1, owner.endpoint, self.session)
         self._thread = threading.Thread(
             target=self.session.deliver_to, args=(self.connection,), daemon=True
         )

@@ -1,4 +1,4 @@
-"""Pure workers for tests of the dispatcher: messages wait in lines that the test delivers as it likes.
+"""Pure workers for tests of the dispatcher: messages wait until the test delivers them.
 
 A killed worker's lines are gone at once, in both directions, as with a broken stream.
 """

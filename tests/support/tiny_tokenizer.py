@@ -33,7 +33,7 @@ def byte_ids(text: str | bytes) -> list[int]:
 
 
 def byte_tokenizer(*, adds_bos: bool = False) -> Tokenizer:
-    """Make a byte-level tokenizer without merges: a token is a byte, and text is what its bytes say."""
+    """Make a byte-level tokenizer without merges: a token is a byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: token_id for token_id, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

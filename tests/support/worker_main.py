@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import threading
 import traceback
@@ -80,6 +81,7 @@ def run(worker: WorkerProcess, command: dict[str, Any]) -> Any:
         case "resources":
             return {
                 "fds": sorted(_open_files()),
+                "pools": sorted(_mapped_pools()),
                 "threads": sorted(thread.name for thread in threading.enumerate()),
             }
         case "stop":
@@ -92,6 +94,12 @@ def _open_files() -> Iterator[str]:
         # The listing's own descriptor is gone by now.
         if fd.is_symlink():
             yield str(fd.readlink())
+
+
+def _mapped_pools() -> set[str]:
+    """Names (worker id and incarnation) of the pools that this process has mapped."""
+    maps = Path("/proc/self/maps").read_text()
+    return set(re.findall(r"memfd:paceline-(\S+)", maps))
 
 
 if __name__ == "__main__":

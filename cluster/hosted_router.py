@@ -1,0 +1,91 @@
+"""A router inside a Ray actor's process."""
+
+import asyncio
+import time
+
+from paceline.cluster.hosted import HostContext, HostedLoad
+from paceline.cluster.launcher import Membership
+from paceline.cluster.model_cache import model_cache_dir
+from paceline.engine.model_config import read_model_config
+from paceline.engine.model_source import prepare_model
+from paceline.router.model import ServedModel
+from paceline.router.placement import Role as PoolRole
+from paceline.router.placement import WorkerMember
+from paceline.router.server import Router
+
+
+class HostedRouter:
+    """Runs the router on the loop that calls it."""
+
+    def __init__(self, context: HostContext) -> None:
+        self._context = context
+        self._router: Router | None = None
+        self._model_name = ""
+
+    async def start(self) -> str:
+        context = self._context
+        started = time.monotonic()
+        model = await asyncio.to_thread(self._prepare)
+        context.on_step("prepare the model", time.monotonic() - started)
+        started = time.monotonic()
+        router = Router(
+            context.settings.router,
+            model,
+            router_id=context.name.worker_id,
+            incarnation=context.name.incarnation,
+        )
+        await router.start()
+        context.on_step("listen", time.monotonic() - started)
+        self._router = router
+        self._model_name = model.name
+        return router.address
+
+    def load(self) -> HostedLoad:
+        if self._router is None:
+            return HostedLoad()
+        status = self._router.status()
+        return HostedLoad(
+            is_idle=status.num_running == 0 and status.num_waiting == 0,
+            num_running=status.num_running,
+            num_waiting=status.num_waiting,
+            model_name=self._model_name,
+        )
+
+    async def update_membership(self, membership: Membership) -> None:
+        if self._router is not None:
+            await self._router.update_membership(
+                membership.version,
+                [
+                    WorkerMember(m.worker_id, PoolRole(m.role.value), m.incarnation, m.address)
+                    for m in membership.members
+                ],
+            )
+
+    async def drain(self) -> None:
+        """Routers are not drained: `stop` lets their streams go on for router.drain_timeout_s."""
+
+    async def stop(self) -> None:
+        if self._router is not None:
+            await self._router.stop()
+
+    async def check_integrity(self) -> None:
+        """Routers own no KV."""
+
+    def arm_failpoint(self, specification: str) -> None:
+        raise NotImplementedError(
+            f"routers have no failpoints, and were told to arm {specification}"
+        )
+
+    def _prepare(self) -> ServedModel:
+        folder = prepare_model(
+            self._context.settings.model, model_cache_dir(), self._context.on_progress
+        )
+        config = read_model_config(folder.path)
+        limit = self._context.settings.model.max_model_len
+        return ServedModel(
+            name=folder.name,
+            max_model_len=limit or config.max_position_embeddings,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            tokenizer_folder=folder.path,
+        )

@@ -1,0 +1,214 @@
+"""The controller's world in Ray: detached, named actors in the deployment's namespace."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+from paceline.cluster.hosted import BuildHosted
+from paceline.cluster.launcher import (
+    Capacity,
+    Membership,
+    ProcessDiedError,
+    ProcessReport,
+    Started,
+)
+from paceline.cluster.process_state import ProcessName, Role
+from paceline.cluster.resources import pool_settings
+from paceline.cluster.settings import DeploymentSettings
+from paceline.errors import PacelineError
+
+logger = logging.getLogger(__name__)
+
+KEY_SPACE = "paceline"
+"""Of Ray's key-value store, which outlives the controller."""
+UNAVAILABLE_RETRY_S = 0.1
+LOG_LINES = 5
+Result = TypeVar("Result")
+
+
+class RayProcess:
+    """A `ProcessActor` seen from the controller."""
+
+    def __init__(self, name: ProcessName, actor: "ActorHandle[Any]") -> None:
+        self.name = name
+        self._actor = actor
+        self._pid: int | None = None
+
+    async def start(self) -> Started:
+        started: Started = await self._patiently(lambda: self._actor.start.remote())
+        self._pid = started.pid
+        return started
+
+    async def wait(self) -> None:
+        await self._patiently(lambda: self._actor.wait.remote())
+
+    async def report(self) -> ProcessReport:
+        report: ProcessReport = await self._call(self._actor.report.remote())
+        self._pid = report.pid
+        return report
+
+    async def update_membership(self, membership: Membership) -> None:
+        await self._call(self._actor.update_membership.remote(membership))
+
+    async def drain(self) -> None:
+        await self._call(self._actor.drain.remote())
+
+    async def stop(self) -> None:
+        await self._call(self._actor.stop.remote())
+
+    async def kill(self) -> None:
+        ray.kill(self._actor, no_restart=True)
+        if self._pid is not None:
+            # Ray asks; a process that was stopped by a signal, or that hangs in C, does not hear.
+            _kill_on_this_machine(self._pid)
+
+    async def _patiently(self, call: "Callable[[], Awaitable[Result]]") -> Result:
+        """Repeat a call while the actor is out of reach but not known to be dead."""
+        while True:
+            try:
+                return await call()
+            except ActorUnavailableError:
+                await asyncio.sleep(UNAVAILABLE_RETRY_S)
+            except RayError as error:
+                raise self._died(error) from None
+
+    async def _call(self, reference: "Awaitable[Result]") -> Result:
+        try:
+            return await reference
+        except RayError as error:
+            raise self._died(error) from None
+
+    def _died(self, error: RayError) -> ProcessDiedError:
+        if isinstance(error, RayTaskError):
+            cause = error.cause
+            text = (
+                str(cause)
+                if isinstance(cause, PacelineError)
+                else f"{type(cause).__name__}: {cause}"
+            )
+            return ProcessDiedError(text)
+        if isinstance(error, RayActorError):
+            return ProcessDiedError(_why_it_ended(self._pid))
+        return ProcessDiedError(f"Ray lost it: {error}")
+
+
+class RayLauncher:
+    """Starts and finds the actors of one deployment. Must be used inside a Ray process."""
+
+    def __init__(
+        self,
+        settings: DeploymentSettings,
+        namespace: str,
+        build: BuildHosted,
+        actor_class: type[object],
+    ) -> None:
+        self._settings = settings
+        self._namespace = namespace
+        self._build = build
+        self._actor_class = actor_class
+
+    async def launch(self, name: ProcessName) -> RayProcess:
+        resources: dict[str, float] = {}
+        if name.role.is_worker:
+            resources = dict(pool_settings(self._settings, name.role).resources)
+        actor = (
+            ray.remote(self._actor_class)
+            .options(
+                name=str(name),
+                namespace=self._namespace,
+                lifetime="detached",
+                max_restarts=0,  # the controller replaces it, under a new incarnation
+                max_concurrency=1000,
+                num_cpus=resources.pop("CPU", 0.0),
+                num_gpus=resources.pop("GPU", 0.0),
+                resources=resources,
+            )
+            .remote(name, self._settings, self._build)
+        )
+        return RayProcess(name, actor)
+
+    async def adopt(self) -> list[RayProcess]:
+        return await asyncio.to_thread(self._find)
+
+    async def capacity(self) -> Capacity:
+        return await asyncio.to_thread(cluster_capacity)
+
+    async def save_wanted(self, wanted: Mapping[Role, int]) -> None:
+        value = json.dumps({role.value: size for role, size in wanted.items()})
+        _internal_kv_put(self._key("wanted"), value.encode(), namespace=KEY_SPACE.encode())
+
+    async def load_wanted(self) -> dict[Role, int] | None:
+        value = _internal_kv_get(self._key("wanted"), namespace=KEY_SPACE.encode())
+        return {Role(k): v for k, v in json.loads(value).items()} if value else None
+
+    def save_port(self, port: int) -> None:
+        """Remember the control API's port: clients know it, so a new controller takes it again."""
+        _internal_kv_put(self._key("port"), str(port).encode(), namespace=KEY_SPACE.encode())
+
+    def load_port(self) -> int:
+        """Return the remembered port, 0 if there is none."""
+        return int(_internal_kv_get(self._key("port"), namespace=KEY_SPACE.encode()) or 0)
+
+    def _find(self) -> list[RayProcess]:
+        found: list[RayProcess] = []
+        for name in actor_names(self._namespace):
+            parsed = ProcessName.parse(name)
+            if parsed is not None:
+                with contextlib.suppress(ValueError):  # it died between the list and now
+                    found.append(RayProcess(parsed, ray.get_actor(name, self._namespace)))
+        return found
+
+    def _key(self, name: str) -> bytes:
+        return f"{self._namespace}/{name}".encode()
+
+
+def actor_names(namespace: str) -> list[str]:
+    """List the names of all living actors of a namespace."""
+    entries: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    return [entry["name"] for entry in entries if entry["namespace"] == namespace]
+
+
+def forget_keys(namespace: str) -> None:
+    """Remove what controllers of this namespace remembered."""
+    from ray.experimental.internal_kv import _internal_kv_del
+
+    _internal_kv_del(f"{namespace}/", del_by_prefix=True, namespace=KEY_SPACE.encode())
+
+
+def cluster_capacity() -> Capacity:
+    """Ask Ray and this machine what there is."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    memory = psutil.virtual_memory()
+    return Capacity(ray.cluster_resources(), len(nodes), memory.total, memory.available)
+
+
+def _kill_on_this_machine(pid: int) -> None:
+    with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
+        if "ray::" in " ".join(psutil.Process(pid).cmdline()):  # not another one with its number
+            os.kill(pid, signal.SIGKILL)
+
+
+def _why_it_ended(pid: int | None) -> str:
+    """Say what is known of a process that is gone: the last lines that it wrote."""
+    if pid is None:
+        return "its process ended before it said anything (Ray's log raylet.out says more)"
+    what = f"its process {pid} ended: killed by a signal, out of memory, or crashed"
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[union-attr]
+    for log in logs.glob(f"worker-*-{pid}.err"):
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        fatal = [line for line in lines if "Error" in line or "Fatal" in line][-LOG_LINES:]
+        if fatal:
+            return f"{what}. It wrote: {' | '.join(fatal)}"
+    return what
