@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -44,6 +45,7 @@ class ProcessActor:
         self._name = name
         self._settings = settings
         self._build = build
+        self._log_path = str(Path("/proc/self/fd/2").readlink())
         self._hosted: Hosted | None = None
         self._starting: asyncio.Task[Started] | None = None
         self._is_started = False
@@ -72,6 +74,7 @@ class ProcessActor:
             steps=tuple(self._steps),
             loading=None if self._is_started else self._loading,
             pid=os.getpid(),
+            log_path=self._log_path,
             memory_bytes=psutil.Process().memory_info().rss,
             **load._asdict(),
         )
@@ -100,13 +103,16 @@ class ProcessActor:
         return sys.path
 
     async def _start(self, loop: asyncio.AbstractEventLoop) -> Started:
+        def failed(error: BaseException) -> None:
+            loop.call_soon_threadsafe(self._failed, error)
+
         context = HostContext(
             name=self._name,
             settings=self._settings,
-            host=ray.util.get_node_ip_address(),
+            host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             on_step=lambda name, seconds: self._steps.append(StartupStep(name, seconds)),
             on_progress=self._progressed,
-            on_failure=lambda error: loop.call_soon_threadsafe(self._failed, error),
+            on_failure=failed,
         )
         try:
             self._hosted = self._build(context)

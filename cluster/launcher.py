@@ -3,7 +3,7 @@
 `ray_launcher` does it with Ray's actors; tests do it with plain objects.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -45,6 +45,8 @@ class ProcessReport:
     steps: tuple[StartupStep, ...]
     loading: LoadProgress | None
     pid: int
+    log_path: str
+    """Where its stderr goes, on its machine."""
     memory_bytes: int
     draining: bool = False
     is_idle: bool = True
@@ -119,7 +121,7 @@ class Launcher(Protocol):
     async def launch(self, name: ProcessName) -> Process:
         """Begin to start a process."""
 
-    async def adopt(self) -> list[Process]:
+    async def adopt(self) -> Sequence[Process]:
         """Find every process of the deployment that lives."""
 
     async def capacity(self) -> Capacity:

@@ -45,18 +45,19 @@ class RayProcess:
         self.name = name
         self._actor = actor
         self._pid: int | None = None
+        self._log_path = ""
 
     async def start(self) -> Started:
-        started: Started = await self._patiently(lambda: self._actor.start.remote())
+        started: Started = await self._patiently(self._actor.start.remote)
         self._pid = started.pid
         return started
 
     async def wait(self) -> None:
-        await self._patiently(lambda: self._actor.wait.remote())
+        await self._patiently(self._actor.wait.remote)
 
     async def report(self) -> ProcessReport:
         report: ProcessReport = await self._call(self._actor.report.remote())
-        self._pid = report.pid
+        self._pid, self._log_path = report.pid, report.log_path
         return report
 
     async def update_membership(self, membership: Membership) -> None:
@@ -100,7 +101,7 @@ class RayProcess:
             )
             return ProcessDiedError(text)
         if isinstance(error, RayActorError):
-            return ProcessDiedError(_why_it_ended(self._pid))
+            return ProcessDiedError(_why_it_ended(self._pid, self._log_path))
         return ProcessDiedError(f"Ray lost it: {error}")
 
 
@@ -123,8 +124,8 @@ class RayLauncher:
         resources: dict[str, float] = {}
         if name.role.is_worker:
             resources = dict(pool_settings(self._settings, name.role).resources)
-        actor = (
-            ray.remote(self._actor_class)
+        actor: ActorHandle[Any] = (
+            ray.remote(self._actor_class)  # type: ignore[assignment]
             .options(
                 name=str(name),
                 namespace=self._namespace,
@@ -189,9 +190,10 @@ def forget_keys(namespace: str) -> None:
 
 def cluster_capacity() -> Capacity:
     """Ask Ray and this machine what there is."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     memory = psutil.virtual_memory()
-    return Capacity(ray.cluster_resources(), len(nodes), memory.total, memory.available)
+    return Capacity(resources, len(nodes), memory.total, memory.available)
 
 
 def _kill_on_this_machine(pid: int) -> None:
@@ -200,15 +202,14 @@ def _kill_on_this_machine(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _why_it_ended(pid: int | None) -> str:
-    """Say what is known of a process that is gone: the last lines that it wrote."""
+def _why_it_ended(pid: int | None, log_path: str) -> str:
+    """Say what is known of a process that is gone: the last errors in its log."""
     if pid is None:
         return "its process ended before it said anything (Ray's log raylet.out says more)"
     what = f"its process {pid} ended: killed by a signal, out of memory, or crashed"
-    logs = Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[union-attr]
-    for log in logs.glob(f"worker-*-{pid}.err"):
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        fatal = [line for line in lines if "Error" in line or "Fatal" in line][-LOG_LINES:]
-        if fatal:
-            return f"{what}. It wrote: {' | '.join(fatal)}"
-    return what
+    try:
+        lines = Path(log_path).read_text(errors="replace").splitlines()
+    except OSError:  # it ran on another machine
+        return what
+    errors = [line for line in lines if "Error" in line or "Fatal" in line][-LOG_LINES:]
+    return f"{what}. Its log ends with: {' | '.join(errors)}" if errors else what

@@ -30,7 +30,7 @@ def choose_victim(attempts: SequenceOf[Attempt]) -> Victim | None:
             return None if attempt is oldest else Victim(attempt, tuple(waiting))
         running = attempt.in_state(SequenceState.RUNNING)
         if attempt is oldest:
-            pass
+            running = running[1:]
         if running:
             return Victim(attempt, (running[-1],))
     return None

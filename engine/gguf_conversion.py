@@ -1,8 +1,11 @@
-"""Turn a GGUF file into a model's folder: `python -m paceline.engine.gguf_conversion FILE DTYPE FOLDER`.
+"""Turn a GGUF file into a model's folder.
 
-Runs as a process of its own, so that transformers' memory, progress bars and environment stay out of
-paceline's. It writes lines of JSON to its output: {"progress": 0.5}, and {"error": …, "message": …}
-before it fails. The weights are written in the engine's layout (merged products), ready to be mapped.
+    python -m paceline.engine.gguf_conversion FILE DTYPE FOLDER
+
+Runs as a process of its own, so that transformers' memory, progress bars and environment stay out
+of paceline's. It writes lines of JSON to its output: {"progress": 0.5}, and {"error": …,
+"message": …} before it fails. The weights are written in the engine's layout (merged products),
+ready to be mapped.
 """
 
 import gc
@@ -40,7 +43,8 @@ _TOKENIZER_KEYS = (
 def convert(source: Path, dtype: str, folder: Path) -> Iterator[float]:
     """Write config, tokenizer and weights of `source` into `folder`; yield the share that is done.
 
-    Raises UnsupportedModelError for what transformers would ignore in silence, such as rope scaling.
+    Raises UnsupportedModelError for what transformers would ignore in silence, such as rope
+    scaling.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -96,8 +100,8 @@ def check_metadata(source: Path) -> None:
     if dropped:
         raise UnsupportedModelError(
             f"{source} has {', '.join(sorted(dropped))}: scaled rotary embeddings are lost when "
-            "transformers reads a GGUF file, and the model's output would be wrong. Set model.path to "
-            "the model's safetensors folder."
+            "transformers reads a GGUF file, and the model's output would be wrong. Set model.path "
+            "to the model's safetensors folder."
         )
 
 

@@ -59,9 +59,9 @@ def num_blocks_that_fit(
     count = kv_cache_bytes // block_bytes if num_kv_blocks is None else num_kv_blocks
     if count < 2:
         raise CapacityError(
-            f"kv_cache_bytes is {kv_cache_bytes} bytes, and a block of {layout.block_tokens} tokens "
-            f"takes {block_bytes}: a pool needs at least 2 blocks. Raise kv_cache_bytes to at least "
-            f"{2 * block_bytes}, or set num_kv_blocks."
+            f"kv_cache_bytes is {kv_cache_bytes} bytes, and a block of {layout.block_tokens} "
+            f"tokens takes {block_bytes}: a pool needs at least 2 blocks. Raise kv_cache_bytes to "
+            f"at least {2 * block_bytes}, or set num_kv_blocks."
         )
     largest = max(0, available_bytes - RESERVED_BYTES) // block_bytes
     if count > largest:
@@ -69,14 +69,14 @@ def num_blocks_that_fit(
         asked = kv_cache_bytes if num_kv_blocks is None else num_kv_blocks
         raise CapacityError(
             f"The KV pool needs {_gib(count * block_bytes)} ({name} {asked}), and "
-            f"{_gib(available_bytes)} of memory is free here, of which {_gib(RESERVED_BYTES)} stays "
-            f"reserved. Lower {name} to at most {best}, or run fewer workers on this machine."
+            f"{_gib(available_bytes)} of memory is free here, of which {_gib(RESERVED_BYTES)} "
+            f"stays reserved. Lower {name} to at most {best}, or run fewer workers on this machine."
         )
     return count
 
 
 def available_memory_bytes() -> int:
-    """Return the memory this process can still get: the machine's, or its control group's if less."""
+    """Return the memory left to this process: the machine's, or its control group's if less."""
     available = int(psutil.virtual_memory().available)
     try:
         group = Path("/sys/fs/cgroup")

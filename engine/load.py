@@ -62,8 +62,9 @@ def load_engine(
 ) -> LoadedEngine:
     """Load weights, then allocate the pool.
 
-    `allocate` returns that many bytes of zeroed memory, uint8 [num_bytes]; it stays the caller's. Sets
-    the number of torch's threads in this process (None leaves it). Raises ConfigError and CapacityError.
+    `allocate` returns that many bytes of zeroed memory, uint8 [num_bytes]; it stays the caller's.
+    Sets the number of torch's threads in this process (None leaves it). Raises ConfigError and
+    CapacityError.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)

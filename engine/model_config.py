@@ -143,8 +143,8 @@ class _Keys:
             )
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(
-                f"{self.source} says {key} = {value!r}, and it must be a whole number of at least 1. "
-                "Correct the file."
+                f"{self.source} says {key} = {value!r}, and it must be a whole number of at least "
+                "1. Correct the file."
             )
         return value
 
@@ -162,8 +162,8 @@ class _Keys:
 def read_model_config(folder: Path) -> ModelConfig:
     """Read config.json and generation_config.json of a model's folder.
 
-    Raises UnsupportedModelError naming the architecture or key that is not implemented, ConfigError if a
-    file is missing or wrong.
+    Raises UnsupportedModelError naming the architecture or key that is not implemented, ConfigError
+    if a file is missing or wrong.
     """
     values = _read_json(folder / "config.json")
     generation_path = folder / "generation_config.json"
@@ -180,8 +180,8 @@ def parse_model_config(
     for key, value in ONLY.items():
         if keys.get(key, value) != value:
             raise UnsupportedModelError(
-                f"{source} sets {key} to {keys.get(key, value)!r}, and only {value!r} is implemented. "
-                "Choose another model."
+                f"{source} sets {key} to {keys.get(key, value)!r}, and only {value!r} is "
+                "implemented. Choose another model."
             )
     hidden_size = keys.number("hidden_size")
     num_heads = keys.number("num_attention_heads")
@@ -192,8 +192,8 @@ def parse_model_config(
     )
     if num_heads % num_kv_heads:
         raise ConfigError(
-            f"{source} has {num_heads} attention heads and {num_kv_heads} key-value heads: the second "
-            "must divide the first. Correct the file."
+            f"{source} has {num_heads} attention heads and {num_kv_heads} key-value heads: the "
+            "second must divide the first. Correct the file."
         )
     qkv_bias = _bias(keys, "attention_bias", architecture.qkv_bias)
     vocab_size = keys.number("vocab_size")
@@ -222,8 +222,8 @@ def parse_model_config(
     if unread:
         raise UnsupportedModelError(
             f"{source} has {', '.join(unread)}, which this version does not implement for {name}: "
-            "ignoring it could change the model's output. Choose another model, or remove the key if "
-            "it is known to change nothing."
+            "ignoring it could change the model's output. Choose another model, or remove the key "
+            "if it is known to change nothing."
         )
     if config.head_dim % 2:
         raise UnsupportedModelError(
@@ -249,8 +249,8 @@ def _bias(keys: _Keys, key: str, fixed: bool | None) -> bool:
     value = keys.flag(key, bool(fixed))
     if fixed is not None and value != fixed:
         raise UnsupportedModelError(
-            f"{keys.source} sets {key} to {value}, and this architecture is implemented with {fixed} "
-            "alone. Choose another model."
+            f"{keys.source} sets {key} to {value}, and this architecture is implemented with "
+            f"{fixed} alone. Choose another model."
         )
     return value
 
@@ -268,9 +268,7 @@ def _rope(keys: _Keys, max_position: int) -> RopeConfig:
     return read_rope(newer or older, theta, max_position)
 
 
-def _windows(
-    keys: _Keys, architecture: Architecture, num_layers: int
-) -> tuple[int | None, ...]:
+def _windows(keys: _Keys, architecture: Architecture, num_layers: int) -> tuple[int | None, ...]:
     if not architecture.window_by_layer:
         if architecture.window is None or keys.is_null("sliding_window"):
             return (None,) * num_layers
@@ -287,8 +285,8 @@ def _windows(
     if unknown or len(kinds) != num_layers:
         raise UnsupportedModelError(
             f"{keys.source} has layer_types for {len(kinds)} of {num_layers} layers, of kinds "
-            f"{', '.join(sorted(set(kinds)))}; one is needed for each layer, either full_attention or "
-            "sliding_attention. Choose another model."
+            f"{', '.join(sorted(set(kinds)))}; one is needed for each layer, either full_attention "
+            "or sliding_attention. Choose another model."
         )
     return tuple(window_or_none if kind == "sliding_attention" else None for kind in kinds)
 
@@ -323,8 +321,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"There is no {path.name} in {path.parent}: not a model's folder in Hugging Face's form. "
-            "Set model.path to a folder that has one, to a .gguf file, or to package:NAME."
+            f"There is no {path.name} in {path.parent}: not a model's folder in Hugging Face's "
+            "form. Set model.path to a folder that has one, to a .gguf file, or to package:NAME."
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""From the setting model.path to a folder that workers can load, converted and cached if need be."""
+"""From the setting model.path to a folder that workers can load, converted and cached."""
 
 import hashlib
 import json
@@ -43,12 +43,11 @@ class ModelFolder:
     """Name that clients ask for."""
 
 
-def prepare_model(
-    settings: ModelSettings, cache_dir: Path, on_progress: OnProgress
-) -> ModelFolder:
+def prepare_model(settings: ModelSettings, cache_dir: Path, on_progress: OnProgress) -> ModelFolder:
     """Find the model; convert a GGUF file once, into a folder under `cache_dir`.
 
-    May take a minute for a new file. Safe to call from several processes at once. Raises ConfigError.
+    May take a minute for a new file. Safe to call from several processes at once. Raises
+    ConfigError.
     """
     path = _find(settings.path)
     name = settings.served_model_name or path.name.removesuffix(".gguf")
@@ -70,9 +69,9 @@ def _find(path: str) -> Path:
     found = Path(path).expanduser()
     if not found.exists():
         raise ConfigError(
-            f"There is no {found.absolute()}, and model.path is {path!r}: it must name something on "
-            "this machine, because models are never downloaded. Set model.path to a folder, a .gguf "
-            "file, or package:NAME."
+            f"There is no {found.absolute()}, and model.path is {path!r}: it must name something "
+            "on this machine, because models are never downloaded. Set model.path to a folder, a "
+            ".gguf file, or package:NAME."
         )
     return found.resolve()
 
@@ -97,15 +96,15 @@ def _find_in_package(name: str) -> Path:
 def _check_format(settings: ModelSettings, path: Path, is_gguf: bool) -> None:
     if is_gguf and path.suffix != ".gguf":
         raise ConfigError(
-            f"{path} is a file and not a .gguf one. Set model.path to a folder with config.json and "
-            "safetensors, or to a .gguf file."
+            f"{path} is a file and not a .gguf one. Set model.path to a folder with config.json "
+            "and safetensors, or to a .gguf file."
         )
     allowed = ("auto", "gguf") if is_gguf else ("auto", "safetensors", "dummy")
     if settings.load_format not in allowed:
         kind = "a GGUF file" if is_gguf else "a folder"
         raise ConfigError(
-            f"model.load_format is {settings.load_format}, and {path} is {kind}. Set load_format to "
-            f"one of: {', '.join(allowed)}."
+            f"model.load_format is {settings.load_format}, and {path} is {kind}. Set load_format "
+            f"to one of: {', '.join(allowed)}."
         )
     if not is_gguf and not (path / "config.json").exists():
         raise ConfigError(
@@ -120,7 +119,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _folder_revision(folder: Path, weights_are_random: bool) -> str:
-    """Digest config.json, and of each weight file the size, the start, and a sample of its pages."""
+    """Digest config.json, and of each weight file the size, the start and a sample of its pages."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     files = [] if weights_are_random else sorted(folder.glob("*.safetensors"))
     for path in files:
@@ -149,8 +148,8 @@ def _convert_once(source: Path, dtype: str, folder: Path, on_progress: OnProgres
                 shutil.rmtree(partial, ignore_errors=True)
     except Timeout:
         raise ConfigError(
-            f"Another process has held {folder}.lock for {CONVERSION_TIMEOUT_S:.0f} s, and {source} "
-            "cannot be converted meanwhile. Stop that process, or use another cache folder."
+            f"Another process has held {folder}.lock for {CONVERSION_TIMEOUT_S:.0f} s, and "
+            f"{source} cannot be converted meanwhile. Stop that process, or change the cache folder."
         ) from None
 
 
@@ -194,7 +193,7 @@ def _run_conversion(source: Path, dtype: str, folder: Path, on_progress: OnProgr
         complaints.seek(0)
         last = complaints.read().strip().splitlines()[-1:] or ["it said nothing"]
         raise ConfigError(
-            f"Converting {source} to {dtype} ended with status {code}: {last[0]}. Make sure that the "
-            "packages gguf and accelerate are installed (pip install 'paceline[demo]') and that the "
-            "disk and memory hold the model, or set model.path to a safetensors folder."
+            f"Converting {source} to {dtype} ended with status {code}: {last[0]}. Make sure that "
+            "the packages gguf and accelerate are installed (pip install 'paceline[demo]') and "
+            "that the disk and memory hold the model, or set model.path to a safetensors folder."
         )

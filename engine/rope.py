@@ -76,8 +76,8 @@ def read_rope(values: Mapping[str, object], theta: float, max_position: int) -> 
         ) from None
     if float(_number(given, "partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedModelError(
-            f"The model sets partial_rotary_factor to {values['partial_rotary_factor']}: rotating a "
-            "part of each head is not implemented. Choose another model."
+            f"The model sets partial_rotary_factor to {values['partial_rotary_factor']}: rotating "
+            "a part of each head is not implemented. Choose another model."
         )
     theta = _number(given, "rope_theta", theta)
     given.pop("rope_theta", None)
@@ -88,7 +88,9 @@ def read_rope(values: Mapping[str, object], theta: float, max_position: int) -> 
             f"The model's rope parameters have {', '.join(unknown)}, which rope_type {name!r} does "
             "not know here; ignoring them could change its output. Choose another model."
         )
-    missing = sorted({"factor", "low_freq_factor", "high_freq_factor"} & _KEYS[rope_type] - set(given))
+    missing = sorted(
+        {"factor", "low_freq_factor", "high_freq_factor"} & _KEYS[rope_type] - set(given)
+    )
     if missing:
         raise UnsupportedModelError(
             f"The model's rope_type is {name!r}, and its parameters lack {', '.join(missing)}. "

@@ -12,8 +12,8 @@ class ModelSettings(BaseModel):
 
     path: str = Field(
         min_length=1,
-        description="A folder in Hugging Face's form, a .gguf file, or package:NAME for the one .gguf "
-        "file inside an installed Python package.",
+        description="A folder in Hugging Face's form, a .gguf file, or package:NAME for the one "
+        ".gguf file inside an installed Python package.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",

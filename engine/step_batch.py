@@ -1,4 +1,4 @@
-"""The arrays that the model computes one step from, made from a StepPlan and the runner's block tables."""
+"""The arrays a model computes one step from, made from a StepPlan and the block tables."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,8 @@
 """Weights: what tensors a model has, and how a folder's files become them.
 
-A tensor whose dtype and layout are the engine's already is mapped from its file, not copied, so that all
-workers of a machine share its pages. Others are merged or converted into memory of their own.
+A tensor whose dtype and layout are the engine's already is mapped from its file, not copied, so
+that all workers of a machine share its pages. Others are merged or converted into memory of their
+own.
 """
 
 import math
@@ -194,10 +195,12 @@ def _weight_files(folder: Path) -> list[Path]:
     files = files or sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
-        found = f" but {pickles[0]}, a format that can run code, which is never read" if pickles else ""
+        found = (
+            f" but {pickles[0]}, a format that can run code, which is never read" if pickles else ""
+        )
         raise ConfigError(
-            f"{folder} has no .safetensors file{found}. Set model.path to a folder with safetensors, or "
-            "model.load_format to dummy for random weights."
+            f"{folder} has no .safetensors file{found}. Set model.path to a folder with "
+            "safetensors, or model.load_format to dummy for random weights."
         )
     return files
 
@@ -229,8 +232,8 @@ def _check(files: _TensorFiles, specs: Sequence[TensorSpec], tied: bool) -> None
     ]
     if problems:
         raise ConfigError(
-            f"The tensors in {files.folder} are not those of its config.json: {'; '.join(problems)}. "
-            "Download the model again, or correct config.json."
+            f"The tensors in {files.folder} are not those of its config.json: "
+            f"{'; '.join(problems)}. Download the model again, or correct config.json."
         )
 
 
@@ -239,7 +242,7 @@ def _load(
 ) -> torch.Tensor:
     if spec.name in files.names:
         whole = files.tensor(spec.name)
-        pieces = list(whole.split([part.shape[0] for part in spec.parts]))
+        pieces = list(torch.split(whole, [part.shape[0] for part in spec.parts]))
         if parallel.size == 1 or spec.axis is None:
             pieces = [whole]
     else:

@@ -1,6 +1,6 @@
 """Copy whole KV blocks within a pool, for copy-on-write.
 
-    blocks[targets[k]] = blocks[sources[k]]     blocks uint8 [num_blocks, block_bytes]
+blocks[targets[k]] = blocks[sources[k]]     blocks uint8 [num_blocks, block_bytes]
 """
 
 import torch

@@ -3,8 +3,8 @@
     y[r] = softmax(q[r] K_r^T scale) V_r        K_r, V_r: the row's tokens in the pool
     q [R, num_heads, head_dim], pool kv [blocks, layers, kv_heads, 2, block_tokens, head_dim]
 
-The CPU path neither loops over rows nor pads them to the longest context. It cuts every context into
-*spans* of a few blocks and works on all spans of all rows at once:
+The CPU path neither loops over rows nor pads them to the longest context. It cuts every context
+into *spans* of a few blocks and works on all spans of all rows at once:
 
     row 0  |span 0|span 1|sp|          gather the spans' K and V, then batched products give
     row 1  |span 3|                    each span's scores; the softmax of a row runs over its
@@ -29,10 +29,10 @@ class DecodeSpans(NamedTuple):
     """Where the rows' contexts lie: made once a step, used by every layer with the same window."""
 
     runs: torch.Tensor
-    """int64 [2 * N * kv_heads * W], of (k|v, span, kv_head, block): row, for layer 0, of the pool seen as
-    [runs, block_tokens * head_dim]."""
+    """int64 [2 * N * kv_heads * W], of (k|v, span, kv_head, block): row, for layer 0, of the pool
+    seen as [runs, block_tokens * head_dim]."""
     mask: torch.Tensor
-    """float32 [N * kv_heads, 1, W * block_tokens]: 0 where the token counts, else minus infinity."""
+    """float32 [N * kv_heads, 1, W * block_tokens]: 0 where the token counts, else -inf."""
     owners: torch.Tensor | None
     """int64 [N] row of each span; None: span n is row n."""
 
@@ -70,7 +70,9 @@ def plan_spans(
     blocks = np.where(inside, blocks, 0).astype(np.int64)
     heads = np.arange(num_kv_heads)
     runs = (blocks[:, None, :] * (num_layers * num_kv_heads) + heads[None, :, None]) * 2
-    positions = (columns[:, :, None] * block_tokens + np.arange(block_tokens)).reshape(len(blocks), -1)
+    positions = (columns[:, :, None] * block_tokens + np.arange(block_tokens)).reshape(
+        len(blocks), -1
+    )
     seen = (positions < lengths[:, None]) & (positions >= lows[:, None])
     mask = np.where(seen, np.float32(0), np.float32(-np.inf))
     return DecodeSpans(
@@ -128,5 +130,7 @@ def _merge(
     sums = maxima.new_zeros((num_rows, maxima.shape[1]))
     sums.index_add_(0, owners, weights.sum(dim=-1).view(num_spans, -1))
     parts = torch.bmm(weights, values).view(num_spans, num_kv_heads * group * head_dim)
-    total = parts.new_zeros((num_rows, num_kv_heads * group * head_dim)).index_add_(0, owners, parts)
+    total = parts.new_zeros((num_rows, num_kv_heads * group * head_dim)).index_add_(
+        0, owners, parts
+    )
     return total.view(-1, head_dim).div_(sums.view(-1, 1))

@@ -3,8 +3,8 @@
     y[i] = softmax(q[i] K[:start + i + 1]^T scale) V[:start + i + 1]        i = 0 .. n - 1
     q [n, num_heads, head_dim], pool kv [blocks, layers, kv_heads, 2, block_tokens, head_dim]
 
-The chunk follows `start` tokens whose keys and values the pool holds already: earlier chunks, or a cached
-prefix. One sequence a call, because each is large work.
+The chunk follows `start` tokens whose keys and values the pool holds already: earlier chunks, or a
+cached prefix. One sequence a call, because each is large work.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 
 
 class PrefillContext(NamedTuple):
-    """Where one sequence's context lies: made once a step, used by every layer with the same window."""
+    """Where a sequence's context lies: made once a step, used by every layer of one window."""
 
     runs: torch.Tensor
-    """int64 [2 * kv_heads * blocks], of (k|v, kv_head, block): row, for layer 0, of the pool seen as
-    [runs, block_tokens * head_dim]."""
+    """int64 [2 * kv_heads * blocks], of (k|v, kv_head, block): row, for layer 0, of the pool seen
+    as [runs, block_tokens * head_dim]."""
     num_tokens: int
     """Tokens of the context from its first block that counts, the new ones included."""
     mask: torch.Tensor | None

@@ -1,6 +1,6 @@
 """Root-mean-square norm, with the residual stream: h += x, y = h / sqrt(mean(h^2) + eps) * weight.
 
-    x, residual [T, H], weight [H]; float32 or bfloat16. The mean is taken in float32.
+x, residual [T, H], weight [H]; float32 or bfloat16. The mean is taken in float32.
 """
 
 import torch

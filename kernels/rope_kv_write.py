@@ -1,4 +1,5 @@
-"""Rotate queries and keys, norm them first where the model says so, and write keys and values to the pool.
+"""Rotate queries and keys, norm them first where the model says so, and write keys and values to
+the pool.
 
     qkv [T, (num_heads + 2 num_kv_heads) head_dim]: query heads, key heads, value heads
     rotated(x) = x * cos + [x2, x1] * sin        x = [x1, x2], halves of a head
@@ -38,17 +39,21 @@ def rope_kv_write(
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> torch.Tensor:
-    """Write the tokens' keys and values into the pool; return the rotated queries [T, num_heads, head_dim].
+    """Write the tokens' keys and values into the pool; return the rotated queries [T, num_heads,
+    head_dim].
 
-    kv: the pool, [blocks, layers, kv_heads, 2, block_tokens, head_dim], contiguous; written in place.
-    rows: int64 [T * 2 * kv_heads], of (token, k|v, kv_head): row of the pool seen as [rows, head_dim].
-    `qkv` is overwritten; the queries returned are a view of it unless the model norms them.
+    kv: the pool, [blocks, layers, kv_heads, 2, block_tokens, head_dim], contiguous; written in
+    place. rows: int64 [T * 2 * kv_heads], of (token, k|v, kv_head): row of the pool seen as [rows,
+    head_dim]. `qkv` is overwritten; the queries returned are a view of it unless the model norms
+    them.
     """
     num_kv_heads, head_dim = kv.shape[2], kv.shape[5]
     num_tokens = qkv.shape[0]
     heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
     if rows.shape[0] != num_tokens * 2 * num_kv_heads:
-        raise ValueError(f"{num_tokens} tokens need {num_tokens * 2 * num_kv_heads} rows, got {rows.shape[0]}")
+        raise ValueError(
+            f"{num_tokens} tokens need {num_tokens * 2 * num_kv_heads} rows, got {rows.shape[0]}"
+        )
     rotary = heads[:, : num_heads + num_kv_heads]
     if q_norm is not None and k_norm is not None:
         rotary[:, :num_heads] = rms_norm(rotary[:, :num_heads], q_norm, eps)

@@ -1,6 +1,6 @@
 """Gated activation: y = silu(gate) * up.
 
-    gate_up [T, 2 I], gate first -> y [T, I]
+gate_up [T, 2 I], gate first -> y [T, I]
 """
 
 import torch

@@ -2,9 +2,9 @@
 
     x [T, K], weight [N, K], bias [N] -> y [T, N]; float32 or bfloat16, all the same.
 
-On CPUs, float32 products go to oneDNN, which reads the weight where it lies. torch's own choice, MKL,
-took 2 to 3 times as long on an AMD EPYC (Zen 5) with 2 threads: for N = 3072, K = 576 and T = 1, 16, 64
-and 512 it needed 0.44, 0.61, 1.9 and 5.5 ms, oneDNN 0.15, 0.38, 0.69 and 4.0 ms.
+On CPUs, float32 products go to oneDNN, which reads the weight where it lies. torch's own choice,
+MKL, takes 1.5 to 3 times as long on an AMD EPYC (Zen 5, 2 threads): with N = 3072, K = 576 and T =
+1, 16, 64, 512 it needs 0.44, 0.61, 1.9, 5.5 ms, and oneDNN 0.15, 0.38, 0.69, 4.0 ms.
 """
 
 import torch
@@ -31,6 +31,6 @@ def skinny_matmul(
 # The operator that torch.compile calls for linear layers; builds of torch without oneDNN lack it.
 _ONEDNN = (
     torch.ops.mkldnn._linear_pointwise.default
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     else None
 )

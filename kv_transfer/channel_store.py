@@ -4,7 +4,9 @@ torch's own stores listen on a port or need a shared file. This one mirrors each
 which is all that a process group of two needs.
 """
 
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -17,10 +19,10 @@ from paceline.errors import TransportError
 class ChannelStore(Store):
     """One end of the rendezvous for one communicator. Callable on any thread."""
 
-    def __init__(self, send: Callable[[str, bytes], None], timeout_s: float) -> None:
+    def __init__(self, send: Callable[[str, bytes], None]) -> None:
         super().__init__()
         self._send = send
-        self._timeout_s = timeout_s
+        self._deadline = math.inf
         self._values: dict[str, bytes] = {}
         self._changed = threading.Condition()
         self._closed: str | None = None
@@ -32,17 +34,21 @@ class ChannelStore(Store):
         self._send(key, encoded)
 
     def get(self, key: str) -> bytes:
-        self._wait([key], self._timeout_s)
+        self._wait([key])
         return self._values[key]
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        self._wait(keys, self._timeout_s if timeout is None else timeout.total_seconds())
+        self._wait(keys)  # Gloo passes the time-out of its connections
 
     def receive(self, key: str, value: bytes) -> None:
         """Take a key that the peer has set."""
         with self._changed:
             self._values[key] = value
             self._changed.notify_all()
+
+    def expire_after(self, timeout_s: float) -> None:
+        """Make waits that last longer than this from now on raise."""
+        self._deadline = time.monotonic() + timeout_s
 
     @property
     def is_closed(self) -> bool:
@@ -54,16 +60,18 @@ class ChannelStore(Store):
             self._closed = self._closed or reason
             self._changed.notify_all()
 
-    def _wait(self, keys: Sequence[str], timeout_s: float) -> None:
+    def _wait(self, keys: Sequence[str]) -> None:
+        started_s = time.monotonic()
         with self._changed:
             complete = self._changed.wait_for(
                 lambda: self._closed is not None or all(key in self._values for key in keys),
-                timeout_s,
+                self._deadline - started_s,
             )
             if self._closed is not None:
                 raise TransportError(self._closed)
             if not complete:
                 missing = [key for key in keys if key not in self._values]
                 raise TransportError(
-                    f"the peer did not send {missing} for the rendezvous within {timeout_s:.3f} s"
+                    f"the peer did not send {missing} for the rendezvous "
+                    f"within {time.monotonic() - started_s:.3f} s"
                 )

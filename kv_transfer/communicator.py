@@ -34,12 +34,14 @@ class GlooDevice:
         """Raise ConfigError when this host cannot listen there."""
         _check_listen_host(listen_host)
         self._listen_host = listen_host
+        self._lock = threading.Lock()
         self._device: object | None = None
 
     def open(self) -> object:
-        if self._device is None:
-            self._device = dist.ProcessGroupGloo.create_device(hostname=self._listen_host)
-        return self._device
+        with self._lock:
+            if self._device is None:
+                self._device = dist.ProcessGroupGloo.create_device(hostname=self._listen_host)
+            return self._device
 
     def close(self) -> None:
         """Close the listener, once the last communicator on it has gone."""
@@ -76,11 +78,15 @@ class Communicator:
     def __init__(
         self, device: GlooDevice, store: ChannelStore, rank: int, block_bytes: int, timeout_s: float
     ) -> None:
-        """Meet the peer; blocks until it has come. Raises TransportError or RuntimeError."""
+        """Meet the peer; blocks until it has come, for about `timeout_s` at most.
+
+        Raises TransportError or RuntimeError. The caller closes the store to end it early.
+        """
         gloo: Any = dist.ProcessGroupGloo  # torch's stubs lack what its bindings have
         options = gloo._Options()
         options._devices = [device.open()]
-        options._timeout = _milliseconds(timeout_s)
+        # For one attempt to connect, of which Gloo makes up to five; the rest is for the rendezvous.
+        options._timeout = _milliseconds(timeout_s / 12)
         options._threads = 1  # of collectives, which nobody calls here
         self._store = store  # the group's C++ side calls it, and does not keep it alive
         self._group: Any = gloo(store, rank, 2, options)

@@ -1,6 +1,7 @@
 """What both ends of a `torch_distributed` pair have: a thread, a rendezvous, a communicator."""
 
 import threading
+import time
 from collections.abc import Callable
 
 from paceline.kv_transfer.channel_store import ChannelStore
@@ -51,9 +52,7 @@ class PairEnd:
         """Open the rendezvous of a new communicator. Called with `changed` held."""
         self.generation = generation
         self._communicator = None
-        self._store = ChannelStore(
-            lambda key, value: self.send(Put(generation, key, value)), self.timeout_s
-        )
+        self._store = ChannelStore(lambda key, value: self.send(Put(generation, key, value)))
 
     @property
     def has_rendezvous(self) -> bool:
@@ -66,7 +65,7 @@ class PairEnd:
         if store is not None:
             store.receive(put.key, put.value)
 
-    def communicator(self, generation: int) -> Communicator | None:
+    def communicator(self, generation: int, deadline: float) -> Communicator | None:
         """Return the communicator of this generation; None when it has been given up.
 
         Makes it if need be, and then blocks until the peer comes. On the end's own thread only.
@@ -77,9 +76,10 @@ class PairEnd:
             store = self._store
             if store is None or generation != self.generation or self.is_closing:
                 return None
-        made = Communicator(
-            self._device, store, self._rank, self.pool.layout.block_bytes, self.timeout_s
-        )
+        timeout_s = max(0.0, deadline - time.monotonic())
+        store.expire_after(timeout_s / 2)
+        block_bytes = self.pool.layout.block_bytes
+        made = Communicator(self._device, store, self._rank, block_bytes, timeout_s)
         with self.changed:
             if self._store is not store or store.is_closed:
                 return None

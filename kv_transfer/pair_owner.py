@@ -80,7 +80,7 @@ class PairOwner:
         generation = self._announce(ask)
         if generation is None:
             return
-        communicator = self.end.communicator(generation)
+        communicator = self.end.communicator(generation, deadline)
         if communicator is None:
             raise TransportError(f"{self.end.peer} gave up while the pair was being made")
         communicator.send_blocks(self._blocks, _sources(ask, self._pool), deadline)

@@ -161,7 +161,7 @@ class PairReader:
                 self._forget(asked)
                 asked.read.fail(f"{self.end.peer} refused the read: {reason}")
             case Go(_, generation):
-                communicator = self.end.communicator(generation)
+                communicator = self.end.communicator(generation, asked.read.deadline)
                 if communicator is None:
                     raise TransportError(f"communicator {generation} was given up")
                 communicator.receive_blocks(

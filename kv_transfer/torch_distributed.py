@@ -16,6 +16,7 @@ under the next generation.
 
 import json
 import logging
+import time
 
 import torch
 
@@ -77,8 +78,9 @@ class TorchDistributedTransport:
     def close(self) -> None:
         for pair in self._pairs:
             pair.close()
+        deadline = time.monotonic() + self._read_timeout_s
         for pair in self._pairs:
-            if not pair.end.join(self._read_timeout_s):
+            if not pair.end.join(max(0.0, deadline - time.monotonic())):
                 logger.error("a transfer thread did not end; pair=%s", pair.end.peer)
         self._pairs.clear()
         self._device.close()

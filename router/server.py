@@ -148,6 +148,7 @@ class Router:
         try:
             port = server.add_insecure_port(wanted)
         except RuntimeError as error:
+            await server.stop(None)
             raise ConfigError(
                 f"the router cannot listen on {wanted}: {error}. Stop what uses the port, or "
                 "change router.grpc_port (0 takes a free one) or router.host"

@@ -1,4 +1,7 @@
-"""The Llama family: Llama, Mistral, Qwen2, Qwen3, SmolLM. Pre-norm decoder, gated MLP, rotary positions."""
+"""The Llama family: Llama, Mistral, Qwen2, Qwen3, SmolLM.
+
+A pre-norm decoder with gated MLP and rotary positions.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

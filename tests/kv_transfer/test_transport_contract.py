@@ -62,7 +62,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     reader.close()
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=["shm", "torch_distributed"])
 def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -167,13 +167,18 @@ def test_a_probe_moves_bytes_and_leaves_the_pool_alone(pair: Pair) -> None:
 
 def test_reads_end_within_two_seconds_when_their_owner_is_killed(transport: str) -> None:
     before = resources()
+    kill_owner_during_reads(transport)
+    wait_for_resources(before)
+
+
+def kill_owner_during_reads(transport: str) -> None:
     reader = Worker(transport, "reader-0.1", NUM_BLOCKS, MIB_BLOCKS)
-    idle = resources()
+    num_mappings = resources().mappings
     pair = Pair(transport, reader=reader, block_kib=MIB_BLOCKS)
     assert pair.read([0], [0]).state is ReadState.DONE
     reader.blocks.zero_()
-    # The second waits in line behind the first.
     everything = list(range(NUM_BLOCKS))
+    # The second waits in line behind the first.
     handles = [pair.link.connection.read(LEASE, everything, everything) for _ in range(2)]
     wait_until(lambda: bool(reader.blocks[0].any()))
     pair.owner.kill()
@@ -183,16 +188,9 @@ def test_reads_end_within_two_seconds_when_their_owner_is_killed(transport: str)
     for outcome in outcomes:
         assert outcome.state is ReadState.FAILED or torch.equal(reader.blocks, pair.expected())
     pair.close()
-    # Gloo's listener stays for the next peer; it goes with the transport.
-    wait_until(
-        lambda: (
-            not any("recv" in name for name in resources().threads)
-            and resources().mappings == idle.mappings
-        )
-    )
+    assert resources().mappings == num_mappings
+    wait_until(lambda: not any("recv" in name for name in resources().threads))
     reader.close()
-    del reader, pair, handles
-    wait_for_resources(before)
 
 
 def test_a_reader_meets_the_replacement_of_an_owner_that_was_killed(transport: str) -> None:

@@ -170,9 +170,15 @@ class BlocksAndLeases(RuleBasedStateMachine):
         text=st.sampled_from(TEXTS),
         num_tokens=st.integers(1, 13),
         tenant=st.sampled_from(["a", "a", "a", "b"]),
+        count=st.integers(1, 2),
     )
-    def start(self, text: str, num_tokens: int, tenant: str) -> None:
-        tokens = [int(letter) for letter in text[:num_tokens]]
+    def start(self, text: str, num_tokens: int, tenant: str, count: int) -> None:
+        for _ in range(
+            count
+        ):  # at the same time, so that the second cannot use what the first computes
+            self.start_one([int(letter) for letter in text[:num_tokens]], tenant)
+
+    def start_one(self, tokens: list[int], tenant: str) -> None:
         array = np.array(tokens, dtype=np.int32)
         num_found = self.cache.num_matching_blocks(array, tenant)
         match = self.cache.match(array, tenant)
@@ -195,7 +201,7 @@ class BlocksAndLeases(RuleBasedStateMachine):
         return self.contexts[number % len(self.contexts)]
 
     @precondition(lambda self: self.contexts)
-    @rule(number=st.integers(0, 7), count=st.integers(1, 8))
+    @rule(number=st.integers(0, 7), count=st.integers(1, 13))
     def compute_chunk(self, number: int, count: int) -> None:
         context = self.pick(number)
         end = min(context.num_computed + count, len(context.tokens))
@@ -306,7 +312,7 @@ class BlocksAndLeases(RuleBasedStateMachine):
             self.extend_and_publish_up_to(context, num_blocks)
 
     @precondition(lambda self: any(map(is_exporting, self.contexts)))
-    @rule(number=st.integers(0, 7), num_blocks=st.integers(1, 4), num_tokens=st.integers(0, 8))
+    @rule(number=st.integers(0, 7), num_blocks=st.integers(1, 4), num_tokens=st.integers(0, 13))
     def extend_and_publish(self, number: int, num_blocks: int, num_tokens: int) -> None:
         exporting = list(filter(is_exporting, self.contexts))
         context = exporting[number % len(exporting)]
@@ -388,8 +394,8 @@ class BlocksAndLeases(RuleBasedStateMachine):
     # The readers.
 
     @precondition(lambda self: any(map(is_behind, self.imports)))
-    @rule(number=st.integers(0, 7), copies_at_once=st.booleans())
-    def update_arrives(self, number: int, copies_at_once: bool) -> None:
+    @rule(number=st.integers(0, 7), is_quick=st.booleans())
+    def update_arrives(self, number: int, is_quick: bool) -> None:
         waiting = list(filter(is_behind, self.imports))
         attempt = waiting[number % len(waiting)]
         update = attempt.lease.update_since(attempt.num_blocks_told)
@@ -402,8 +408,10 @@ class BlocksAndLeases(RuleBasedStateMachine):
             attempt.running.append(reads)
         elif attempt.plan.all_read:
             self.confirms.append(attempt)
-        while copies_at_once and attempt.running:
+        while is_quick and attempt.running:
             self.copy(attempt, 100)
+        while is_quick and attempt in self.confirms:
+            self.confirmation_arrives()
 
     @precondition(lambda self: any(attempt.running for attempt in self.imports))
     @rule(number=st.integers(0, 7), count=st.integers(1, 6))

@@ -61,6 +61,7 @@ class FakeProcess:
             steps=(StartupStep("load the model", 0.1),),
             loading=None,
             pid=1,
+            log_path="",
             memory_bytes=1,
             draining=self.is_draining,
             is_idle=not self.is_busy,

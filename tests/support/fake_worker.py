@@ -64,6 +64,18 @@ class KvFabric:
     confirmed: set[AttemptKey] = field(default_factory=set)
 
 
+class _Stream:
+    """Where messages go out; gRPC takes one at a time."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+        self._turn = asyncio.Lock()
+
+    async def write(self, message: worker_pb2.SessionResponse) -> None:
+        async with self._turn:
+            await self.context.write(message)
+
+
 @dataclass
 class _Sequence:
     work: Work
@@ -145,6 +157,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION, f"this is incarnation {self.incarnation}"
             )
+        stream = _Stream(context)
         self._num_seen = 0
         self.num_sessions += 1
         welcome = worker_pb2.Welcome(
@@ -155,23 +168,23 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             local_prefill_tokens=self.local_prefill_tokens,
             load=self._load(),
         )
-        await context.write(worker_pb2.SessionResponse(welcome=welcome))
-        reader = asyncio.create_task(self._read(context))
+        await stream.write(worker_pb2.SessionResponse(welcome=welcome))
+        reader = asyncio.create_task(self._read(stream))
         try:
             while not reader.done():
-                await self._step(context)
+                await self._step(stream)
                 await asyncio.sleep(0.001)
         finally:
             reader.cancel()
             self.running.clear()
             self.num_sessions -= 1
 
-    async def report_load(self, context: Any) -> None:
+    async def report_load(self, stream: "_Stream") -> None:
         step = worker_pb2.StepReport(load=self._load())
-        await context.write(worker_pb2.SessionResponse(step=step))
+        await stream.write(worker_pb2.SessionResponse(step=step))
 
-    async def _read(self, context: Any) -> None:
-        while isinstance(request := await context.read(), worker_pb2.SessionRequest):
+    async def _read(self, stream: "_Stream") -> None:
+        while isinstance(request := await stream.context.read(), worker_pb2.SessionRequest):
             kind = request.WhichOneof("message")
             if kind == "cancel":
                 self._cancel(request.cancel)
@@ -180,11 +193,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 await self._dispatch(
                     work_from_proto(message.work),
                     needs_source=kind == "admit" and message.HasField("source"),
-                    context=context,
+                    stream=stream,
                 )
-            await self.report_load(context)
+            await self.report_load(stream)
 
-    async def _dispatch(self, work: Work, *, needs_source: bool, context: Any) -> None:
+    async def _dispatch(self, work: Work, *, needs_source: bool, stream: "_Stream") -> None:
         self.received.append(work)
         self._num_seen += 1
         refuse = self.draining or self.num_refusals_left > 0
@@ -206,7 +219,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             admitted=not refuse,
             message="scripted refusal" if refuse else "",
         )
-        await context.write(worker_pb2.SessionResponse(admission=admission))
+        await stream.write(worker_pb2.SessionResponse(admission=admission))
 
     def _cancel(self, cancel: worker_pb2.Cancel) -> None:
         key = AttemptKey(cancel.request_id, cancel.attempt)
@@ -219,7 +232,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         if not cancel.choices or not running.sequences:
             del self.running[key]
 
-    async def _step(self, context: Any) -> None:
+    async def _step(self, stream: "_Stream") -> None:
         columns = _Columns()
         for key, running in list(self.running.items()):
             if self.role is Role.PREFILL:
@@ -232,10 +245,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 reason=worker_pb2.FailureReason.ValueType(reason.value),
                 message="scripted failure",
             )
-            await context.write(worker_pb2.SessionResponse(failure=failure))
+            await stream.write(worker_pb2.SessionResponse(failure=failure))
         if columns.rows or columns.failed or columns.ended:
             report = columns.report(self._load())
-            await context.write(worker_pb2.SessionResponse(step=report))
+            await stream.write(worker_pb2.SessionResponse(step=report))
 
     def _prefill(self, key: AttemptKey, running: _Running, columns: "_Columns") -> None:
         if key in self._fabric.confirmed:
@@ -245,10 +258,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         if key in self._fabric.first_tokens or self._is_held(running.sequences[0]):
             return
         firsts: dict[int, int] = {}
+        if self._failed(running.sequences[0], columns):
+            # A prompt is computed once for all choices, and fails for all of them.
+            reason = columns.failed[-1][1]
+            columns.failed += [(other.stream_id, reason) for other in running.sequences[1:]]
+            del self.running[key]
+            return
         for sequence in running.sequences:
-            if self._failed(sequence, columns):
-                del self.running[key]
-                return
             firsts[sequence.choice] = self._emit(sequence, columns)
         self._fabric.first_tokens[key] = firsts
 

@@ -247,13 +247,18 @@ class LocalSession:
         owner_pipe, reader_pipe = context.Pipe()
         self.owner, self.reader = PipeSession(owner_pipe), PipeSession(reader_pipe)
 
+        self._is_started = False
+
     def start(self, connection: Connection, peer: OwnerPeer) -> None:
+        self._is_started = True
         for session, end in ((self.reader, connection), (self.owner, peer)):
             threading.Thread(target=session.deliver_to, args=(end,), daemon=True).start()
 
     def close(self) -> None:
-        self.owner.shut()
-        self.reader.shut()
+        for session in (self.owner, self.reader):
+            session.shut()
+            if not self._is_started:
+                session.pipe.close()
 
 
 class Link:

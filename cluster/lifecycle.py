@@ -1,0 +1,283 @@
+"""Bring a deployment up, and take it down so that nothing of it is left."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from paceline.cluster import deployment_record, ray_head
+from paceline.cluster.deployment_record import DeploymentRecord
+from paceline.cluster.hosted import BuildHosted, build_hosted
+from paceline.cluster.process_state import ProcessState, Role
+from paceline.cluster.resources import check_capacity
+from paceline.cluster.settings import DeploymentSettings
+from paceline.errors import ConfigError, PacelineError, UnavailableError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from paceline.cluster.actors import ProcessSnapshot
+
+POLL_S = 0.05
+CONTROLLER_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 30.0
+
+
+class Watcher(Protocol):
+    """Told of each step of the start-up, in order."""
+
+    def began(self, step: str) -> None:
+        """A step has begun."""
+
+    def ended(self, step: str, seconds: float) -> None:
+        """A step has ended well."""
+
+    def processes(self, snapshots: "list[ProcessSnapshot]") -> None:
+        """How the processes do; called many times while they start."""
+
+
+class Deployment(NamedTuple):
+    """A deployment that is up."""
+
+    record: DeploymentRecord
+    seconds: float
+    """From the call of `up` to READY."""
+
+
+def up(
+    settings: DeploymentSettings,
+    settings_file: str,
+    watcher: Watcher,
+    build: BuildHosted = build_hosted,
+) -> Deployment:
+    """Start everything, and return when every process is READY.
+
+    Raises ConfigError or UnavailableError with the cause, and leaves nothing behind then.
+    """
+    started = time.monotonic()
+    record = DeploymentRecord(
+        deployment=settings.deployment,
+        up_pid=os.getpid(),
+        started_s=time.time(),
+        settings_file=settings_file,
+        ray_folder=None if settings.ray.address else str(_ray_folder(settings.deployment)),
+    )
+    deployment_record.claim(record)
+    try:
+        for key, part in (("router", settings.router), ("controller", settings.controller)):
+            _check_port(f"{key}.grpc_port", part.host, part.grpc_port)
+        with _step(watcher, "start Ray" if record.ray_folder else "reach Ray"):
+            record = _prepare_ray(settings, record)
+            _connect(record)
+        with _step(watcher, "start the controller"):
+            controller, address = _start_controller(settings, record, build)
+        with _step(watcher, "start the processes"):
+            _wait_until_ready(settings, controller, watcher)
+        record = deployment_record.update(record, controller_address=address)
+    except BaseException:
+        # Whatever the reason, Ctrl-C included: nothing may stay.
+        _end(record)
+        raise
+    finally:
+        _disconnect()
+    return Deployment(record, time.monotonic() - started)
+
+
+def down(deployment: str | None) -> DeploymentRecord:
+    """Let routers end their streams for their drain_timeout_s, then end everything of a deployment."""
+    record = deployment_record.find(deployment)
+    _end(record)
+    return record
+
+
+def connected(record: DeploymentRecord) -> "contextlib.AbstractContextManager[ActorHandle[Any]]":
+    """Connect to the deployment's Ray, for tests and tools that need its actors."""
+    return _connected(record)
+
+
+@contextlib.contextmanager
+def _connected(record: DeploymentRecord) -> "Iterator[ActorHandle[Any]]":
+    _connect(record)
+    try:
+        import ray
+
+        yield ray.get_actor("controller", record.namespace)
+    finally:
+        _disconnect()
+
+
+def _ray_folder(deployment: str) -> Path:
+    digest = hashlib.blake2b(deployment.encode(), digest_size=4).hexdigest()
+    return deployment_record.runtime_dir() / f"r-{digest}"
+
+
+def _check_port(key: str, host: str, port: int) -> None:
+    """Refuse a port in use before anything is started."""
+    if port == 0:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} on {host} is not free ({error.strerror}), and {key} is {port}. Stop what "
+                f"uses it, or change {key}: 0 takes a free one"
+            ) from None
+
+
+def _prepare_ray(settings: DeploymentSettings, record: DeploymentRecord) -> DeploymentRecord:
+    if record.ray_folder is None:
+        address = settings.ray.address
+        assert address is not None
+        if not ray_head.answers(address, min(5.0, settings.ray.start_timeout_s)):
+            raise ConfigError(
+                f"no Ray answers at {address} (ray.address). Start one there, or leave ray.address out "
+                "to have one started on this machine"
+            )
+    else:
+        address = ray_head.start(Path(record.ray_folder), settings.ray)
+    return deployment_record.update(record, ray_address=address)
+
+
+def _connect(record: DeploymentRecord) -> None:
+    if record.ray_folder is not None:
+        ray_head.use_loopback_address()
+    import ray
+
+    # Ray puts the driver's working directory on every process's import path: be in an empty one.
+    with contextlib.chdir(deployment_record.runtime_dir()):
+        try:
+            ray.init(
+                address=record.ray_address,
+                namespace=record.namespace,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"Ray at {record.ray_address} cannot be joined: {error}") from None
+
+
+def _disconnect() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def _start_controller(
+    settings: DeploymentSettings, record: DeploymentRecord, build: BuildHosted
+) -> "tuple[ActorHandle[Any], str]":
+    import ray
+
+    from paceline.cluster.actors import CONTROLLER_NAME, ControllerActor
+    from paceline.cluster.ray_launcher import actor_names, cluster_capacity
+
+    if actor_names(record.namespace):
+        raise ConfigError(
+            f"the Ray cluster at {record.ray_address} has a deployment {settings.deployment} already, "
+            "started from another machine or user. Choose another name: --set deployment=NAME"
+        )
+    wanted = {
+        Role.PREFILL: settings.prefill.replicas,
+        Role.DECODE: settings.decode.replicas,
+    }
+    check_capacity(settings, wanted, wanted, cluster_capacity())
+    controller: ActorHandle[Any] = (
+        ray.remote(ControllerActor)  # type: ignore[assignment]
+        .options(
+            name=CONTROLLER_NAME,
+            namespace=record.namespace,
+            lifetime="detached",
+            max_restarts=-1,
+            max_concurrency=8,
+            num_cpus=0,
+        )
+        .remote(settings, record.namespace, build)
+    )
+    return controller, _ask(controller.address.remote(), CONTROLLER_TIMEOUT_S)
+
+
+def _wait_until_ready(
+    settings: DeploymentSettings, controller: "ActorHandle[Any]", watcher: Watcher
+) -> None:
+    wanted = settings.router.replicas + settings.prefill.replicas + settings.decode.replicas
+    deadline = time.monotonic() + settings.controller.start_timeout_s
+    while True:
+        snapshots: list[ProcessSnapshot] = _ask(controller.snapshot.remote(), CONTROLLER_TIMEOUT_S)
+        watcher.processes(snapshots)
+        for process in snapshots:
+            if process.failure:
+                raise UnavailableError(f"{process.worker_id} did not start: {process.failure}")
+        if len(snapshots) == wanted and all(s.state is ProcessState.READY for s in snapshots):
+            return
+        if time.monotonic() > deadline:
+            late = ", ".join(s.worker_id for s in snapshots if s.state is not ProcessState.READY)
+            raise UnavailableError(
+                f"{late} not READY after {settings.controller.start_timeout_s:g} s "
+                "(controller.start_timeout_s)"
+            )
+        time.sleep(POLL_S)
+
+
+def _end(record: DeploymentRecord) -> None:
+    if record.ray_address and ray_head.answers(record.ray_address):
+        _end_actors(record)
+    if record.ray_folder is not None:
+        ray_head.stop(Path(record.ray_folder))
+    deployment_record.remove(record.deployment)
+
+
+def _end_actors(record: DeploymentRecord) -> None:
+    """End what the controller knows, then whatever actor of the deployment is still there."""
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+        _connect(record)
+    import ray
+    from ray.exceptions import RayError
+
+    from paceline.cluster.ray_launcher import actor_names, forget_keys
+
+    try:
+        with contextlib.suppress(ValueError, RayError, PacelineError):
+            controller = ray.get_actor("controller", record.namespace)
+            _ask(controller.shut_down.remote(), END_TIMEOUT_S + CONTROLLER_TIMEOUT_S)
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while (names := actor_names(record.namespace)) and time.monotonic() < deadline:
+            for name in names:
+                with contextlib.suppress(ValueError):
+                    ray.kill(ray.get_actor(name, record.namespace), no_restart=True)
+            time.sleep(POLL_S)
+        if names:
+            raise UnavailableError(f"actors {', '.join(names)} of {record.namespace} do not end")
+        forget_keys(record.namespace)
+    finally:
+        _disconnect()
+
+
+def _ask(reference: Any, timeout_s: float) -> Any:
+    """Wait for an actor's answer; its own error comes as it was raised."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayTaskError
+
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, PacelineError):
+            raise error.cause from None
+        raise
+    except GetTimeoutError:
+        raise UnavailableError(f"the controller did not answer within {timeout_s:g} s") from None
+
+
+@contextlib.contextmanager
+def _step(watcher: Watcher, name: str) -> "Iterator[None]":
+    started = time.monotonic()
+    watcher.began(name)
+    yield
+    watcher.ended(name, time.monotonic() - started)
