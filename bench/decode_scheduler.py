@@ -1,9 +1,10 @@
 """Measure what a decode step costs beside the model: `python -m paceline.bench.decode_scheduler`.
 
-Plan, apply and step message for many simulated sequences, without a model: the tokens are made up and the
-message is serialized as gRPC does it. Two loads: *steady*, where sequences only grow, each into a new block
-once in block_tokens steps, evenly spread; and *churn*, where in every step the oldest sequence ends and
-one that was imported takes its place. Writes JSON with hardware and versions to --output, or prints it.
+Plan, apply and step message for many simulated sequences, without a model: the tokens are made up
+and the message is serialized as gRPC does it. Two loads: *steady*, where sequences only grow, each
+into a new block once in block_tokens steps, evenly spread; and *churn*, where in every step the
+oldest sequence ends and one that was imported takes its place. Writes JSON with hardware and
+versions to --output, or prints it.
 """
 
 import argparse

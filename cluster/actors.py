@@ -1,4 +1,4 @@
-"""What Ray runs: one actor class for workers and routers, one for the controller. They only translate."""
+"""What Ray runs: an actor class for workers and routers, one for the controller. They translate."""
 
 import asyncio
 import faulthandler
@@ -55,7 +55,7 @@ class ProcessActor:
         self._ended = asyncio.Event()
 
     async def start(self) -> Started:
-        """Start, or wait for the start that is under way. Raises ProcessDiedError with the cause."""
+        """Start, or wait for the start under way. Raises ProcessDiedError with the cause."""
         if self._starting is None:
             self._starting = asyncio.create_task(self._start(asyncio.get_running_loop()))
         return await asyncio.shield(self._starting)
@@ -151,7 +151,7 @@ class ProcessSnapshot(NamedTuple):
 class ControllerActor:
     """Hosts the controller and its gRPC server on a thread of their own.
 
-    Ray restarts it when it dies; it then finds its processes by their names and its sizes and port in
+    Ray restarts it when it dies; it then finds its processes by their names, its sizes and port in
     Ray's store, and starts nothing that lives.
     """
 

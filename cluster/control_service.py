@@ -96,8 +96,8 @@ class ControlServer:
             bound = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError:
             raise ConfigError(
-                f"the controller cannot listen on {host}:{port}: the port is in use. Stop what uses "
-                "it, or change controller.grpc_port (0 takes a free one) or controller.host"
+                f"the controller cannot listen on {host}:{port}: the port is in use. Stop what "
+                "uses it, or change controller.grpc_port (0 takes a free one) or controller.host"
             ) from None
         await self._server.start()
         for name in ("", SERVICE_NAME):

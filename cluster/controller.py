@@ -1,7 +1,8 @@
 """Make the deployment what is wanted, and keep it so.
 
-An asyncio program without Ray or gRPC in it: `launcher` is its world. Each process has one task here
-that starts it, waits for its end and buries it, and one that asks how it does; the main loop plans.
+An asyncio program without Ray or gRPC in it: `launcher` is its world. Each process has one task
+here that starts it, waits for its end and buries it, and one that asks how it does; the main loop
+plans.
 """
 
 import asyncio

@@ -77,13 +77,13 @@ class Membership(NamedTuple):
 
 
 class Process(Protocol):
-    """A launched process. Every method can raise ProcessDiedError, and may wait for ever if it hangs."""
+    """A launched process. Every method can raise ProcessDiedError, and waits while it hangs."""
 
     @property
     def name(self) -> ProcessName: ...
 
     async def start(self) -> Started:
-        """Wait until it takes work. Asking again, or from another controller, starts nothing twice."""
+        """Wait until it takes work. Asking again starts nothing twice, whoever asks."""
 
     async def wait(self) -> None:
         """Return when it was stopped; raise ProcessDiedError when it dies."""

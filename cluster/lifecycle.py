@@ -90,7 +90,7 @@ def up(
 
 
 def down(deployment: str | None) -> DeploymentRecord:
-    """Let routers end their streams for their drain_timeout_s, then end everything of a deployment."""
+    """Let routers end their streams for their drain_timeout_s, then end everything."""
     record = deployment_record.find(deployment)
     _end(record)
     return record
@@ -127,8 +127,8 @@ def _check_port(key: str, host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"port {port} on {host} is not free ({error.strerror}), and {key} is {port}. Stop what "
-                f"uses it, or change {key}: 0 takes a free one"
+                f"port {port} on {host} is not free ({error.strerror}), and {key} is {port}. Stop "
+                f"what uses it, or change {key}: 0 takes a free one"
             ) from None
 
 
@@ -138,8 +138,8 @@ def _prepare_ray(settings: DeploymentSettings, record: DeploymentRecord) -> Depl
         assert address is not None
         if not ray_head.answers(address, min(5.0, settings.ray.start_timeout_s)):
             raise ConfigError(
-                f"no Ray answers at {address} (ray.address). Start one there, or leave ray.address out "
-                "to have one started on this machine"
+                f"no Ray answers at {address} (ray.address). Start one there, or leave ray.address "
+                "out to have one started on this machine"
             )
     else:
         address = ray_head.start(Path(record.ray_folder), settings.ray)
@@ -181,8 +181,9 @@ def _start_controller(
 
     if actor_names(record.namespace):
         raise ConfigError(
-            f"the Ray cluster at {record.ray_address} has a deployment {settings.deployment} already, "
-            "started from another machine or user. Choose another name: --set deployment=NAME"
+            f"the Ray cluster at {record.ray_address} has a deployment {settings.deployment} "
+            "already, started from another machine or user. Choose another name: --set "
+            "deployment=NAME"
         )
     wanted = {
         Role.PREFILL: settings.prefill.replicas,

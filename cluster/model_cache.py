@@ -9,7 +9,7 @@ VARIABLE = "PACELINE_CACHE_DIR"
 
 
 def model_cache_dir() -> Path:
-    """Name this machine's folder of converted models: $PACELINE_CACHE_DIR/models, or the user's cache."""
+    """Name the folder of converted models: below $PACELINE_CACHE_DIR, or in the user's cache."""
     given = os.environ.get(VARIABLE)
     root = Path(given) if given else platformdirs.user_cache_path("paceline")
     return root / "models"

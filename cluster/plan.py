@@ -48,9 +48,9 @@ def plan(
 ) -> list[Action]:
     """Plan the next actions; calling again after they were begun plans nothing twice.
 
-    Every process that is not DEAD keeps its id, so that two of one id never live at once. A death is
-    repaired under the same id, when `back_off` allows it. Too many: those still STARTING go first,
-    then the highest number.
+    Every process that is not DEAD keeps its id, so that two of one id never live at once. A death
+    is repaired under the same id, when `back_off` allows it. Too many: those still STARTING go
+    first, then the highest number.
     """
     actions: list[Action] = list(_finished_drains(seen, now))
     for role, num_wanted in wanted.items():

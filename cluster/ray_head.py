@@ -1,4 +1,4 @@
-"""A Ray of the deployment's own on this machine: started before it, stopped after it, seen by nobody else.
+"""A Ray of the deployment's own on this machine: started before it, stopped after it.
 
 `ray stop` is never used: it would end every Ray of this user. Its processes are found by the folder
 that is their working directory and their temporary folder.
@@ -36,8 +36,8 @@ def start(folder: Path, settings: RaySettings) -> str:
     """
     if len(str(folder)) > MAX_FOLDER_LENGTH:
         raise ConfigError(
-            f"Ray's folder {folder} has {len(str(folder))} characters, and Linux's limit for socket "
-            f"names leaves {MAX_FOLDER_LENGTH}. Set PACELINE_RUNTIME_DIR to a shorter one"
+            f"Ray's folder {folder} has {len(str(folder))} characters, and Linux's limit for "
+            f"socket names leaves {MAX_FOLDER_LENGTH}. Set PACELINE_RUNTIME_DIR to a shorter one"
         )
     folder.mkdir(mode=0o700)
     command = [
@@ -63,8 +63,8 @@ def start(folder: Path, settings: RaySettings) -> str:
         )
     except subprocess.TimeoutExpired:
         raise ConfigError(
-            f"Ray was not up {settings.start_timeout_s:g} s after its start; {_last_words(folder)}. "
-            "Raise ray.start_timeout_s if this machine is slow"
+            f"Ray was not up {settings.start_timeout_s:g} s after its start; "
+            f"{_last_words(folder)}. Raise ray.start_timeout_s if this machine is slow"
         ) from None
     address_file = folder / "ray_current_cluster"
     if result.returncode != 0 or not address_file.exists():
@@ -112,8 +112,8 @@ def use_loopback_address() -> None:
     """Make this process join a Ray of `start`; must come before Ray is imported."""
     if "ray" in sys.modules and os.environ.get(_LOOPBACK_VARIABLE) != "0":
         raise ConfigError(
-            f"Ray was imported before {_LOOPBACK_VARIABLE} was set to 0, and cannot join a Ray that "
-            "listens on loopback only. Set it in the environment of this process"
+            f"Ray was imported before {_LOOPBACK_VARIABLE} was set to 0, and cannot join a Ray "
+            "that listens on loopback only. Set it in the environment of this process"
         )
     os.environ.update(_LOOPBACK_ENVIRONMENT)
 

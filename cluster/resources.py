@@ -48,8 +48,8 @@ def _check_resources(
                 if share
             )
             raise CapacityError(
-                f"the pools would need {needs:g} {name} ({parts}), and the Ray cluster has {has:g}. "
-                f"Ask for fewer workers, lower their resources.{name}, or add nodes"
+                f"the pools would need {needs:g} {name} ({parts}), and the Ray cluster has "
+                f"{has:g}. Ask for fewer workers, lower their resources.{name}, or add nodes"
             )
 
 
@@ -75,8 +75,8 @@ def _check_memory(
     )
     raise CapacityError(
         f"the workers to be started would need {_gib(needs)} of memory ({parts}), and "
-        f"{_gib(capacity.memory_available_bytes)} of {_gib(capacity.memory_total_bytes)} are free on "
-        f"this machine. Ask for fewer workers, or lower {advice}"
+        f"{_gib(capacity.memory_available_bytes)} of {_gib(capacity.memory_total_bytes)} are free "
+        f"on this machine. Ask for fewer workers, or lower {advice}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The one tree of settings: what a deployment's YAML file may say, composed of each package's own part."""
+"""The one tree of settings: what a deployment's YAML file may say, composed of each package's part."""
 
 from collections.abc import Callable, Iterator
 from typing import Self
@@ -22,14 +22,14 @@ class RaySettings(BaseModel):
     address: str | None = Field(
         default=None,
         min_length=1,
-        description="host:port of a running Ray cluster to join. Default: `up` starts one of its own on "
-        "this machine, reachable by loopback only, and `down` stops it.",
+        description="host:port of a running Ray cluster to join. Default: `up` starts one of its "
+        "own on this machine, reachable by loopback only, and `down` stops it.",
     )
     object_store_bytes: int = Field(
         default=80_000_000,
         ge=78_643_200,
-        description="Size of the object store when Ray is started here; Ray's least, because no token "
-        "and no KV byte goes through it.",
+        description="Size of the object store when Ray is started here; Ray's least, because no "
+        "token and no KV byte goes through it.",
     )
     start_timeout_s: float = Field(
         default=60.0, gt=0, description="Seconds that starting or joining Ray may take."
@@ -37,7 +37,8 @@ class RaySettings(BaseModel):
     head_outage_s: int = Field(
         default=3600,
         ge=1,
-        description="Seconds that workers go on serving while the head of a Ray started here is away.",
+        description="Seconds that workers go on serving while the head of a Ray started here is "
+        "away.",
     )
 
 
@@ -49,8 +50,8 @@ class ControllerSettings(BaseModel):
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="Address that the control API listens on; there is no authentication yet, so the "
-        "default is not reachable from other machines.",
+        description="Address that the control API listens on; there is no authentication yet, so "
+        "the default is not reachable from other machines.",
     )
     grpc_port: int = Field(
         default=0, ge=0, le=65535, description="TCP port of the control API; 0 takes a free one."
@@ -59,7 +60,8 @@ class ControllerSettings(BaseModel):
         default=0.5,
         gt=0,
         le=60,
-        description="Seconds between two looks at a process. A death is noticed at once, without it.",
+        description="Seconds between two looks at a process. A death is noticed at once, without "
+        "it.",
     )
     start_timeout_s: float = Field(
         default=900.0,
@@ -69,8 +71,8 @@ class ControllerSettings(BaseModel):
     drain_timeout_s: float = Field(
         default=60.0,
         ge=0,
-        description="Seconds that running requests get to finish before a drained worker is stopped; "
-        "what still runs then goes on at another worker.",
+        description="Seconds that running requests get to finish before a drained worker is "
+        "stopped; what still runs then goes on at another worker.",
     )
     router_silence_limit_s: float = Field(
         default=60.0,
@@ -81,8 +83,8 @@ class ControllerSettings(BaseModel):
     first_back_off_s: float = Field(
         default=1.0,
         gt=0,
-        description="Seconds before the third start in a row of a worker that does not stay up; the "
-        "second start comes at once, each further wait is doubled.",
+        description="Seconds before the third start in a row of a worker that does not stay up; "
+        "the second start comes at once, each further wait is doubled.",
     )
     max_back_off_s: float = Field(
         default=30.0, gt=0, description="Longest of these waits, in seconds."
@@ -131,9 +133,9 @@ def missing_prefill_problem(num_prefill: int, decode: DecodeSettings) -> str | N
     if num_prefill > 0 or decode.local_prefill_tokens == "unlimited":
         return None
     return (
-        f"prefill has 0 workers and decode.local_prefill_tokens is {decode.local_prefill_tokens}, so "
-        "nobody could compute prompts; set decode.local_prefill_tokens to unlimited, or keep at least "
-        "1 prefill worker"
+        f"prefill has 0 workers and decode.local_prefill_tokens is {decode.local_prefill_tokens}, "
+        "so nobody could compute prompts; set decode.local_prefill_tokens to unlimited, or keep at "
+        "least 1 prefill worker"
     )
 
 

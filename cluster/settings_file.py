@@ -1,4 +1,4 @@
-"""Read settings: defaults, then the YAML file, then flags; and remember where each value came from."""
+"""Read settings: defaults, then the YAML file, then flags; remember where each value came from."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ class LoadedSettings:
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> LoadedSettings:
-    """Read a file and `--set` flags. Raises ConfigError that names keys, lines and what is allowed."""
+    """Read a file and `--set` flags. Raises ConfigError: keys, lines, and what is allowed."""
     tree, origins = _read_file(path)
     for override in overrides:
         _apply_override(override, tree, origins)
@@ -100,8 +100,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Origin]]:
         return {}, {}
     if not isinstance(tree, dict) or not isinstance(node, yaml.MappingNode):
         raise ConfigError(
-            f"{path.name} holds a {type(tree).__name__}; it must be a mapping with keys such as model, "
-            "prefill and decode"
+            f"{path.name} holds a {type(tree).__name__}; it must be a mapping with keys such as "
+            "model, prefill and decode"
         )
     origins = {
         key: Origin(Source.FILE, f"{path.name} line {line}")

@@ -1,4 +1,4 @@
-"""One process in the controller's books: its state, what it said last, and how it is seen by plans."""
+"""One process in the controller's books: its state, what it said last, and how plans see it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

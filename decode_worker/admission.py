@@ -1,8 +1,8 @@
 """Which work fits: promises of blocks, reasons to refuse, and the credit of routers.
 
-A promise covers the context, a growth block for each choice, and the copies of a partial last block that
-all choices but one will make. So what has been admitted can always start. Growth beyond it takes blocks
-that are promised to nobody.
+A promise covers the context, a growth block for each choice, and the copies of a partial last block
+that all choices but one will make. So what has been admitted can always start. Growth beyond it
+takes blocks that are promised to nobody.
 """
 
 from dataclasses import dataclass
@@ -90,8 +90,8 @@ def reason_never_to_admit(
         return (
             f"{len(work.prompt)} prompt tokens, {max_output_tokens} output tokens and "
             f"{len(work.choices)} choices need {max(promised, longest)} KV blocks of "
-            f"{limits.block_tokens} tokens, the pool has {num_blocks}. Raise decode.num_kv_blocks or "
-            "lower max_tokens or n"
+            f"{limits.block_tokens} tokens, the pool has {num_blocks}. Raise decode.num_kv_blocks "
+            "or lower max_tokens or n"
         )
     return None
 
@@ -111,8 +111,8 @@ def num_blocks_to_commit(
 def share_by_demand(total: int, num_own: int, num_all: int, num_sessions: int) -> int:
     """Split something among routers by the attempts that each has here, counting one more for each.
 
-    While nothing runs each router may take all: whoever comes second is refused and tries again, but
-    a request larger than an even share is not kept out for ever.
+    While nothing runs each router may take all: whoever comes second is refused and tries again,
+    but a request larger than an even share is not kept out for ever.
     """
     if num_sessions <= 1 or not num_all:
         return total

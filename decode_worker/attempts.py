@@ -93,7 +93,7 @@ class Sequence:
     is_started: bool = False
     """Whether a step has put it into its slot."""
     first_token: int | None = None
-    """What prefill sampled; written when the import has ended, None where the context is computed here."""
+    """What prefill sampled, set when the import has ended; None: it is sampled here."""
     num_copies_promised: int = 0
     """1 from the fork until the partial last block has been copied, or need not be."""
 

@@ -1,7 +1,7 @@
 """The running sequences in columns, so that a step costs a few array operations, not a loop.
 
-A row is one running sequence; rows are dense and without order: the last one takes the place of one that
-leaves. What is long, tokens and block tables, stays with the slot.
+A row is one running sequence; rows are dense and without order: the last one takes the place of one
+that leaves. What is long, tokens and block tables, stays with the slot.
 """
 
 import numpy as np
@@ -43,7 +43,7 @@ class RunningBatch:
         self.sequences: list[Sequence] = []
         self.slots = np.zeros(max_num_rows, dtype=np.int32)
         self.positions = np.zeros(max_num_rows, dtype=np.int32)
-        """Tokens whose KV is in the blocks once all planned steps have run: the next row's start."""
+        """Tokens whose KV exists once all planned steps have run: the next row's start."""
         self.next_indices = np.zeros(max_num_rows, dtype=np.int32)
         """Output index of the next sample."""
         self.last_indices = np.zeros(max_num_rows, dtype=np.int32)
@@ -132,8 +132,8 @@ class RunningBatch:
         row = int(self.row_of_slot[sequence.slot])
         if row < 0 or self.sequences[row] is not sequence:
             raise IntegrityError(
-                f"choice {sequence.choice} of {sequence.attempt.work.key} has slot {sequence.slot}, "
-                f"which is row {row} of {self.num_rows} and not its own"
+                f"choice {sequence.choice} of {sequence.attempt.work.key} has slot "
+                f"{sequence.slot}, which is row {row} of {self.num_rows} and not its own"
             )
         return row
 

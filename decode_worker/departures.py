@@ -19,13 +19,13 @@ class Departure(NamedTuple):
     block_ids: tuple[int, ...]
     """In the order of the sequence."""
     attempt: Attempt | None = None
-    """Cache the sequence's full blocks below its attempt's context; None: they must not be cached."""
+    """Cache the full blocks below this attempt's context; None: they must not be cached."""
     num_tokens: int = 0
     """Tokens of the sequence whose KV is final once `after_step` has been applied."""
 
 
 class Departures:
-    """Frees in the order of ending. Blocks of finished output enter the prefix cache here, all at once."""
+    """Frees in the order of ending, after caching the full blocks of confirmed sequences."""
 
     def __init__(
         self,

@@ -12,7 +12,8 @@ from paceline.worker.step_output import StepOutput
 class Outbox:
     """Collects tokens, failures, ends and imports to abandon.
 
-    Tokens of a step come in columns; a few others, such as those that waited for a confirmation, one by one.
+    Tokens of a step come in columns; a few others, such as those that waited for a confirmation,
+    one by one.
     """
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from paceline.worker.step_output import StepOutput
 
 
 class Admitted(NamedTuple):
-    """The worker runs this work; it has the blocks of its context and growth blocks are promised."""
+    """The worker runs this work: it has the context's blocks, and growth blocks are promised."""
 
     block_ids: tuple[int, ...]
     """All blocks of the context, cached ones first."""

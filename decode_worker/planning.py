@@ -1,7 +1,7 @@
 """The next step: rows of all running sequences, chunks of prompts, and the blocks that they need.
 
-Decode rows are array operations over the batch. Python looks only at sequences that start, that copy a
-shared block, or that need a block.
+Decode rows are array operations over the batch. Python looks only at sequences that start, that
+copy a shared block, or that need a block.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from paceline.decode_worker.preemption import choose_victim
 from paceline.decode_worker.roster import Roster
 from paceline.engine.block_allocator import BlockAllocator
 from paceline.engine.chunking import plan_chunks
-from paceline.engine.step_plan import Int32Array, SlotStart, StepPlan
+from paceline.engine.step_plan import EMPTY, Int32Array, SlotStart, StepPlan
 from paceline.engine.step_plan_builder import StepPlanBuilder
 from paceline.request import FailureReason
 
@@ -35,12 +35,31 @@ class UnappliedStep:
 
     step_id: int
     batch_version: int | None
-    """Version of the batch whose rows are the samples, in order; None: they are only some of them."""
+    """Version of the batch whose rows are the samples, in order; None: they are not."""
     sample_slots: Int32Array
     sample_indices: Int32Array
     token_positions: Int32Array
     """Position of the sampled token in its sequence."""
     chunks: tuple[PlannedChunk, ...]
+
+
+class _Growth(NamedTuple):
+    """Blocks for rows at their capacity: element i of the arrays belongs to one block."""
+
+    stalled: Rows
+    """Rows for which there is no block in this step."""
+    slots: Int32Array
+    columns: Int32Array
+    block_ids: Int32Array
+
+
+class _DecodeRows(NamedTuple):
+    """Rows of one token, the slot's last sample."""
+
+    slots: Int32Array
+    starts: Int32Array
+    indices: Int32Array
+    """Output index of the token that each samples."""
 
 
 class StepPlanner:
@@ -54,6 +73,9 @@ class StepPlanner:
         self._prompts: list[Attempt] = []
         self._forked: list[Sequence] = []
         """Sequences that have not written yet, and share a partial last block perhaps."""
+        self._numbers = np.arange(limits.max_num_seqs, dtype=np.int32)
+        self._ones = np.ones(limits.max_num_seqs, dtype=np.int32)
+        self._trues = np.ones(limits.max_num_seqs, dtype=np.bool_)
 
     @property
     def num_pending_tokens(self) -> int:
@@ -74,52 +96,90 @@ class StepPlanner:
 
     def plan(self, now: float) -> tuple[StepPlan, UnappliedStep] | None:
         """Plan the next step, preempting where running sequences cannot grow otherwise."""
-        roster, batch = self._roster, self._roster.batch
-        self._make_room(now)
-        builder = StepPlanBuilder(roster.last_planned_step + 1)
-        if self._imported:
-            self._start_imported(builder, now)
-        if self._forked:
-            self._copy_shared_blocks(builder)
-        stalled = self._grow(builder)
-        positions = self._add_decode_rows(builder, stalled)
-        version = batch.version if builder.num_samples == batch.num_rows else None
-        if batch.num_given:
-            positions.append(self._add_given_rows(builder))
-        chunks: tuple[PlannedChunk, ...] = ()
-        if self._prompts:
-            version = None
-            chunks = self._add_chunks(builder, positions, now)
+        rows = self._make_room(now)
+        if self._imported or self._forked or self._prompts:
+            planned = self._plan_changes(now)
+        else:
+            planned = self._plan_decode(rows)
+        if planned is not None:
+            self._roster.last_planned_step = planned[0].step_id
+        return planned
+
+    def _plan_decode(self, at_capacity: Rows) -> tuple[StepPlan, UnappliedStep] | None:
+        """Plan the usual step: nobody starts, all go on from their last sample."""
+        growth = self._grow(at_capacity)
+        decode = self._decode_rows(growth.stalled)
+        size = len(decode.slots)
+        if not size:
+            return None
+        plan = StepPlan(
+            step_id=self._roster.last_planned_step + 1,
+            slots=decode.slots,
+            starts=decode.starts,
+            num_new_tokens=self._ones[:size],
+            from_last_sample=self._trues[:size],
+            tokens=EMPTY,
+            sample_positions=self._numbers[:size],
+            sample_slots=decode.slots,
+            sample_indices=decode.indices,
+            table_slots=growth.slots,
+            table_columns=growth.columns,
+            table_blocks=growth.block_ids,
+        )
+        return plan, UnappliedStep(
+            plan.step_id,
+            self._roster.batch.version if size == self._roster.batch.num_rows else None,
+            decode.slots,
+            decode.indices,
+            decode.starts + 1,
+            (),
+        )
+
+    def _plan_changes(self, now: float) -> tuple[StepPlan, UnappliedStep] | None:
+        """Plan a step in which sequences start, fork or compute their context."""
+        builder = StepPlanBuilder(self._roster.last_planned_step + 1)
+        self._start_imported(builder, now)
+        self._copy_shared_blocks(builder)
+        growth = self._grow(self._roster.batch.rows_at_capacity())
+        table_changes = (growth.slots, growth.columns, growth.block_ids)
+        for slot, column, block_id in zip(*(c.tolist() for c in table_changes), strict=True):
+            builder.set_blocks(slot, column, (block_id,))
+        decode = self._decode_rows(growth.stalled)
+        builder.add_decode_rows(decode.slots, decode.starts, decode.indices)
+        positions = [decode.starts + 1, self._add_given_rows(builder)]
+        chunks = self._add_chunks(builder, positions, now)
         if not builder.has_rows:
             return None  # whatever starts, copies or grows has a row, so nothing is forgotten here
         plan = builder.build()
-        roster.last_planned_step = plan.step_id
         return plan, UnappliedStep(
             plan.step_id,
-            version,
+            None,
             plan.sample_slots,
             plan.sample_indices,
-            positions[0] if len(positions) == 1 else _joined(positions),
+            np.concatenate(positions),
             chunks,
         )
 
-    def _make_room(self, now: float) -> None:
-        """Preempt until the sequences that need a block can have one, now or after the steps in flight."""
+    def _make_room(self, now: float) -> Rows:
+        """Preempt until the rows that need a block can have one, now or after the steps in flight.
+
+        Returns these rows.
+        """
         roster, batch = self._roster, self._roster.batch
         while True:
             rows = batch.rows_at_capacity()
             if not len(rows):
-                return
+                return rows
             num_lacking = len(rows) - int(batch.promised[rows].sum()) - roster.budget.num_spare
             if num_lacking <= 0 or num_lacking <= roster.departures.num_blocks_coming():
-                return
+                return rows
             victim = choose_victim(tuple(roster.attempts.values()))
             if victim is None:
-                return
+                return rows
             message = (
                 f"{num_lacking} KV blocks are lacking for older sequences, all "
-                f"{self._allocator.num_blocks} are in use or promised. If this happens often, raise "
-                "decode.num_kv_blocks or decode.watermark, or lower decode.max_num_seqs"
+                f"{self._allocator.num_blocks} are in use or promised. If this happens often, "
+                "raise decode.num_kv_blocks or decode.watermark, or lower decode.max_num_seqs"
             )
             roster.fail(list(victim.sequences), FailureReason.PREEMPTED, message, now)
             roster.departures.settle(roster.last_applied_step)
@@ -161,25 +221,24 @@ class StepPlanner:
             self._allocator.release((source,))
         self._forked = []
 
-    def _grow(self, builder: StepPlanBuilder) -> Rows:
-        """Give a block to each row that needs one, the oldest first; returns the rows left without."""
-        roster, batch = self._roster, self._roster.batch
-        rows = batch.rows_at_capacity()
+    def _grow(self, rows: Rows) -> _Growth:
+        """Give a block to each of the rows at their capacity, the oldest first."""
+        roster, batch, size = self._roster, self._roster.batch, self._limits.block_tokens
         if not len(rows):
-            return rows
+            return _Growth(rows, EMPTY, EMPTY, EMPTY)
         num_promised = int(batch.promised[rows].sum())
         stalled = rows[:0]
         if len(rows) - num_promised > roster.budget.num_spare:
             rows, stalled = self._oldest_first(rows)
             num_promised = int(batch.promised[rows].sum())
-        slots, columns = batch.slots[rows], batch.capacities[rows] // self._limits.block_tokens
-        block_ids = roster.budget.allocate(len(rows), num_promised)
+        slots, capacities = batch.slots[rows], batch.capacities[rows]
+        columns = capacities // size
+        allocated = roster.budget.allocate(len(rows), num_promised)
+        block_ids = np.array(allocated, dtype=np.int32)
         roster.tables.block_table[slots, columns] = block_ids
-        batch.capacities[rows] += self._limits.block_tokens
+        batch.capacities[rows] = capacities + size
         batch.promised[rows] = 0
-        for slot, column, block_id in zip(slots.tolist(), columns.tolist(), block_ids, strict=True):
-            builder.set_blocks(slot, column, (block_id,))
-        return stalled
+        return _Growth(stalled, slots, columns, block_ids)
 
     def _oldest_first(self, rows: Rows) -> tuple[Rows, Rows]:
         """Split rows into those that get a block and those that wait a step."""
@@ -200,12 +259,10 @@ class StepPlanner:
                 stalled.append(row)
         return np.array(granted, dtype=np.intp), np.array(stalled, dtype=np.intp)
 
-    def _add_decode_rows(self, builder: StepPlanBuilder, stalled: Rows) -> list[Int32Array]:
-        """Add a row for every sequence that can go on from its last sample."""
+    def _decode_rows(self, stalled: Rows) -> _DecodeRows:
+        """Take every sequence that can go on from its last sample one token further."""
         batch = self._roster.batch
         size = batch.num_rows
-        if not size:
-            return []
         blocked = batch.exhausted()
         if len(stalled):
             blocked[stalled] = True
@@ -213,14 +270,16 @@ class StepPlanner:
             blocked |= batch.is_given[:size]
         if np.count_nonzero(blocked):
             rows = np.flatnonzero(~blocked)
-            slots, starts = batch.slots[rows], batch.positions[rows]
-            builder.add_decode_rows(slots, starts, batch.next_indices[rows])
+            taken = _DecodeRows(batch.slots[rows], batch.positions[rows], batch.next_indices[rows])
             batch.advance(rows)
         else:
-            starts = batch.positions[:size].copy()
-            builder.add_decode_rows(batch.shared_slots(), starts, batch.next_indices[:size].copy())
+            taken = _DecodeRows(
+                batch.shared_slots(),
+                batch.positions[:size].copy(),
+                batch.next_indices[:size].copy(),
+            )
             batch.advance(None)
-        return [starts + 1]
+        return taken
 
     def _add_given_rows(self, builder: StepPlanBuilder) -> Int32Array:
         """Add the first rows of imported sequences: their token came with the lease."""
@@ -276,7 +335,3 @@ class StepPlanner:
                 SlotStart(sequence.slot, work.sampling, sequence.choice, work.prompt, output)
             )
             builder.set_blocks(sequence.slot, 0, attempt.context_block_ids)
-
-
-def _joined(parts: list[Int32Array]) -> Int32Array:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)

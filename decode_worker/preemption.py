@@ -1,8 +1,8 @@
 """Who gives up its blocks when a running sequence needs one and none is left.
 
-The youngest goes first, whether it runs or has only been promised blocks; of the choices of one attempt the
-last. The oldest sequence never goes, so at every moment somebody gets to its end. Those that go return to
-the head of their router's queue with their output.
+The youngest goes first, whether it runs or has only been promised blocks; of the choices of one
+attempt the last. The oldest sequence never goes, so at every moment somebody gets to its end. Those
+that go return to the head of their router's queue with their output.
 """
 
 from collections.abc import Sequence as SequenceOf

@@ -38,9 +38,9 @@ class _Samples(NamedTuple):
 def take_samples(
     step: UnappliedStep, result: StepResult, roster: Roster, outbox: Outbox, now: float
 ) -> None:
-    """Take a step's result: store its tokens, report them, end what is finished, cache final context."""
-    # Tokens of sequences that have ended since the step was planned are stored too: later steps may have
-    # written their KV, and the departures cache it.
+    """Take a step's result: store and report its tokens, end what is finished."""
+    # Tokens of sequences that have ended since the step was planned are stored too: later steps may
+    # have written their KV, and the departures cache it.
     roster.tables.tokens[step.sample_slots, step.token_positions] = result.token_ids
     for chunk in step.chunks:
         roster.cache_context(chunk.attempt, chunk.end)

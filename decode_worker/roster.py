@@ -1,8 +1,8 @@
 """Who is on this worker and what each holds: blocks, slots, promises and rows.
 
-The scheduler says what happens to an attempt; the roster moves what it holds accordingly, so that all of it
-is in exactly one place: with the attempt until it forks, then with each sequence, at last among the
-departures.
+The scheduler says what happens to an attempt; the roster moves what it holds accordingly, so that
+all of it is in exactly one place: with the attempt until it forks, then with each sequence, at last
+among the departures.
 """
 
 import numpy as np
@@ -158,7 +158,7 @@ class Roster:
         self._allocator.release(attempt.context_block_ids)
 
     def check_integrity(self) -> None:
-        """Add up blocks, slots and promises; raise IntegrityError with the numbers that disagree."""
+        """Add up blocks, slots and promises; raise IntegrityError where they disagree."""
         self._allocator.check_integrity()
         self.batch.check_integrity()
         waiting = [s for a in self.attempts.values() for s in a.in_state(SequenceState.WAITING)]
@@ -224,7 +224,7 @@ class Roster:
             self._forget(sequence)
 
     def _close(self, attempt: Attempt, now: float) -> None:
-        """End an attempt of which nothing is open, and free blocks that nobody waits for any more."""
+        """End an attempt of which nothing is open; free blocks that no sequence waits for."""
         importing = attempt.state is AttemptState.IMPORTING and not attempt.reads_ended
         if attempt.owns_blocks and not importing and not attempt.in_state(SequenceState.WAITING):
             attempt.owns_blocks = False
@@ -254,7 +254,7 @@ class Roster:
         )
 
     def _promise_to_waiting(self, attempt: Attempt) -> None:
-        """Promise what the waiting sequences of an attempt will take, instead of what was promised."""
+        """Promise what the waiting sequences will take, instead of what was promised before."""
         num_waiting = len(attempt.in_state(SequenceState.WAITING))
         promised = num_promised_beyond_context(
             attempt.num_tokens, num_waiting, self._limits.block_tokens

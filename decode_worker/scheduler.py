@@ -1,4 +1,4 @@
-"""Continuous batching on a decode worker: what is taken, what the next step computes, what it gave."""
+"""Continuous batching: what is taken, what the next step computes, what came of it."""
 
 from collections import deque
 from collections.abc import Collection
@@ -32,8 +32,9 @@ from paceline.worker.core import LoadReport
 class DecodeScheduler:
     """Called by the engine thread alone; times are arguments. Up to two steps may be unapplied.
 
-    Everything that leaves the worker comes out of `apply`, or of `take_output` when no step is there to be
-    applied (after any other call, and after a `plan` that gave None): tokens, failures, imports to abandon.
+    Everything that leaves the worker comes out of `apply`, or of `take_output` when no step is
+    there to be applied (after any other call, and after a `plan` that gave None): tokens, failures,
+    imports to abandon.
     """
 
     def __init__(
@@ -80,7 +81,8 @@ class DecodeScheduler:
         """Take the work with everything it needs, or refuse it and keep nothing.
 
         With a source, reads may write the blocks after the cached ones until `imported` or
-        `import_ended`. A newer attempt ends an older one of the same choices; an older one is refused.
+        `import_ended`. A newer attempt ends an older one of the same choices; an older one is
+        refused.
         """
         if self._is_draining:
             return Refused(FailureReason.DRAINING, "this decode worker is draining")
@@ -115,7 +117,7 @@ class DecodeScheduler:
             attempt.renewed_s = now
 
     def imported(self, key: AttemptKey, first_tokens: SequenceOf[FirstToken], now: float) -> None:
-        """All reads have ended well: the choices may run; outputs are held back until `confirmed`."""
+        """All reads have ended well: choices may run, outputs are held back until `confirmed`."""
         attempt = self._importing.pop(key, None)
         if attempt is None or attempt.state is not AttemptState.IMPORTING:
             return
@@ -148,7 +150,7 @@ class DecodeScheduler:
             self._roster.confirm(attempt, now)
 
     def lost(self, key: AttemptKey, message: str, now: float) -> None:
-        """Fail an attempt that is not confirmed (LEASE_LOST); others have ended, or need no lease."""
+        """Fail an unconfirmed attempt (LEASE_LOST); others have ended, or need no lease."""
         attempt = self._roster.attempts.get(key)
         if attempt is not None and attempt.state in (
             AttemptState.IMPORTING,
@@ -159,7 +161,7 @@ class DecodeScheduler:
             self._importing.pop(key, None)
 
     def import_ended(self, key: AttemptKey) -> None:
-        """Nothing writes to the destination blocks any more. Harmless at any time after that is so."""
+        """Nothing writes to the destination blocks any more; harmless when said again."""
         draining = self._roster.draining_imports.get(key)
         if draining is not None:
             self._roster.end_import(draining)
@@ -217,7 +219,7 @@ class DecodeScheduler:
         return plan
 
     def apply(self, result: StepResult, now: float) -> DecodeStep:
-        """Take the result of the oldest unapplied step; gives everything that may leave the worker."""
+        """Take the result of the oldest unapplied step; give all that may leave the worker."""
         if not self._unapplied or self._unapplied[0].step_id != result.step_id:
             expected = [step.step_id for step in self._unapplied]
             raise IntegrityError(f"result of step {result.step_id} while {expected} are unapplied")
@@ -233,7 +235,8 @@ class DecodeScheduler:
     def tidy(self) -> None:
         """Free what has ended and cache its blocks.
 
-        `plan` and `admit` do it. To call it earlier, beside a running step, takes it off their time.
+        `plan` and `admit` do it. To call it earlier, beside a running step, takes it off their
+        time.
         """
         if len(self._roster.departures):
             self._roster.departures.settle(self._roster.last_applied_step)
@@ -296,7 +299,7 @@ class DecodeScheduler:
         for sequence in earlier:
             number = sequence.attempt.work.key.attempt
             if number > key.attempt:
-                return f"attempt {key.attempt} of {key.request_id} is older than {number}, which is here"
+                return f"attempt {key.attempt} of {key.request_id} is older than {number}, now here"
         for sequence in earlier:
             self._roster.give_up([sequence], now)
         return None
@@ -346,7 +349,7 @@ class DecodeScheduler:
     def _no_room(self, num_blocks: int, num_uncached: int, has_source: bool) -> str | None:
         most = self._limits.local_prefill_tokens
         if not has_source and most is not None and num_uncached > most:
-            return f"{num_uncached} tokens have no cached KV here, decode.local_prefill_tokens is {most}"
+            return f"{num_uncached} tokens have no cached KV, decode.local_prefill_tokens is {most}"
         num_free = self._num_blocks_to_commit()
         if num_blocks > num_free:
             return (

@@ -149,7 +149,7 @@ def _convert_once(source: Path, dtype: str, folder: Path, on_progress: OnProgres
     except Timeout:
         raise ConfigError(
             f"Another process has held {folder}.lock for {CONVERSION_TIMEOUT_S:.0f} s, and "
-            f"{source} cannot be converted meanwhile. Stop that process, or change the cache folder."
+            f"{source} cannot be converted meanwhile. Stop that process, or change the cache."
         ) from None
 
 

@@ -124,7 +124,7 @@ def _merge(
     num_spans, group, head_dim = owners.shape[0], scores.shape[1], values.shape[2]
     maxima = scores.amax(dim=-1).view(num_spans, -1)
     of_rows = maxima.new_full((num_rows, maxima.shape[1]), -torch.inf)
-    of_rows.index_reduce_(0, owners, maxima, "amax")
+    of_rows.scatter_reduce_(0, owners.view(-1, 1).expand_as(maxima), maxima, "amax")
     top = of_rows.index_select(0, owners).view(-1, group, 1)
     weights = scores.sub_(top).exp_()
     sums = maxima.new_zeros((num_rows, maxima.shape[1]))

@@ -4,48 +4,28 @@ Built directly for each ordered pair, never as part of a world, so that one dead
 own pairs. After any error a communicator is good for nothing: the pair drops it and builds another.
 """
 
-import ipaddress
-import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from paceline.errors import ConfigError, TransportError
+from paceline.errors import TransportError
 from paceline.kv_transfer.block_runs import block_runs
 from paceline.kv_transfer.channel_store import ChannelStore
+from paceline.kv_transfer.gloo_device import GlooDevice
 from paceline.kv_transfer.pool_memory import ByteArray
 
 OWNER_RANK, READER_RANK = 0, 1
-# Two such buffers a communicator and side: one is on the wire while the other is filled or emptied.
 STAGING_BYTES = 4 << 20
-_DATA_TAG, _ABORT_TAG = 0, 1
-
-
-class GlooDevice:
-    """Where this process takes and makes its Gloo connections; opened on first use."""
-
-    def __init__(self, listen_host: str) -> None:
-        """Raise ConfigError when this host cannot listen there."""
-        _check_listen_host(listen_host)
-        self._listen_host = listen_host
-        self._lock = threading.Lock()
-        self._device: object | None = None
-
-    def open(self) -> object:
-        with self._lock:
-            if self._device is None:
-                self._device = dist.ProcessGroupGloo.create_device(hostname=self._listen_host)
-            return self._device
-
-    def close(self) -> None:
-        """Close the listener, once the last communicator on it has gone."""
-        self._device = None
+# One buffer is on the wire while the other is filled or emptied.
+NUM_STAGING = 2
+_DATA_TAG, _RECEIPT_TAG, _ABORT_TAG = range(3)
 
 
 class WriteGate:
@@ -85,39 +65,46 @@ class Communicator:
         gloo: Any = dist.ProcessGroupGloo  # torch's stubs lack what its bindings have
         options = gloo._Options()
         options._devices = [device.open()]
-        # For one attempt to connect, of which Gloo makes up to five; the rest is for the rendezvous.
+        # For one attempt to connect; Gloo makes up to five. The rest is for the rendezvous.
         options._timeout = _milliseconds(timeout_s / 12)
         options._threads = 1  # of collectives, which nobody calls here
         self._store = store  # the group's C++ side calls it, and does not keep it alive
         self._group: Any = gloo(store, rank, 2, options)
         self._peer = OWNER_RANK + READER_RANK - rank
         num_blocks = max(1, STAGING_BYTES // block_bytes)
-        self._staging = [torch.empty((num_blocks, block_bytes), dtype=torch.uint8) for _ in "ab"]
+        self._staging = [
+            torch.empty((num_blocks, block_bytes), dtype=torch.uint8) for _ in range(NUM_STAGING)
+        ]
+        # Receipts older than the pieces on the wire have arrived, and need not be kept.
+        self._receipts: deque[dist.Work] = deque(maxlen=NUM_STAGING + 1)
 
     def send_blocks(self, blocks: ByteArray, ids: Sequence[int], deadline: float) -> None:
-        """Send these blocks; returns when the last byte has been handed over."""
-        sending: dist.Work | None = None
+        """Send these blocks; returns when the reader has them."""
+        sent: deque[_Flight] = deque()
         for number, piece in enumerate(self._pieces(ids)):
-            staging = self._staging[number % 2]
+            if len(sent) == NUM_STAGING:
+                sent.popleft().wait(deadline)
+            staging = self._staging[number % NUM_STAGING]
             _gather(blocks, piece, staging.numpy())
-            if sending is not None:
-                _wait(sending, deadline)
-            sending = self._group.send([staging[: len(piece)]], self._peer, _DATA_TAG)
-        if sending is not None:
-            _wait(sending, deadline)
+            receipt = self._receive(_byte(), _RECEIPT_TAG)
+            data = self._send(staging[: len(piece)], _DATA_TAG)
+            sent.append(_Flight(receipt, (data, self._send(_byte(), _DATA_TAG))))
+        for flight in sent:
+            flight.wait(deadline)
 
     def receive_blocks(
         self, blocks: ByteArray, ids: Sequence[int], gate: WriteGate, deadline: float
     ) -> None:
         """Receive blocks into these; writes to `blocks` only while the gate is open."""
         pieces = self._pieces(ids)
-        receiving = self._receive(0, len(pieces[0]))
+        flight = self._begin_receive(0, len(pieces[0]))
         for number, piece in enumerate(pieces):
-            _wait(receiving, deadline)
+            flight.wait(deadline)
             if number + 1 < len(pieces):
-                receiving = self._receive(number + 1, len(pieces[number + 1]))
+                flight = self._begin_receive(number + 1, len(pieces[number + 1]))
             with gate:
-                _scatter(self._staging[number % 2].numpy(), blocks, piece)
+                _scatter(self._staging[number % NUM_STAGING].numpy(), blocks, piece)
+            self._receipts.append(self._send(_byte(), _RECEIPT_TAG))
 
     def abort(self) -> None:
         """Make waits on this communicator raise, here and at the peer; it is good for nothing then.
@@ -125,18 +112,41 @@ class Communicator:
         Gloo has no call for it, but a wait that runs out of time closes the group's connections.
         """
         with suppress(RuntimeError):
-            doomed = self._group.recv([torch.empty(1, dtype=torch.uint8)], self._peer, _ABORT_TAG)
-            doomed.wait(timedelta(milliseconds=1))
+            self._receive(_byte(), _ABORT_TAG).wait(timedelta(milliseconds=1))
 
-    def _receive(self, number: int, count: int) -> dist.Work:
-        work: dist.Work = self._group.recv(
-            [self._staging[number % 2][:count]], self._peer, _DATA_TAG
-        )
+    def _begin_receive(self, number: int, count: int) -> "_Flight":
+        data = self._receive(self._staging[number % NUM_STAGING][:count], _DATA_TAG)
+        return _Flight(self._receive(_byte(), _DATA_TAG), (data,))
+
+    def _receive(self, tensor: torch.Tensor, tag: int) -> dist.Work:
+        work: dist.Work = self._group.recv([tensor], self._peer, tag)
+        return work
+
+    def _send(self, tensor: torch.Tensor, tag: int) -> dist.Work:
+        work: dist.Work = self._group.send([tensor], self._peer, tag)
         return work
 
     def _pieces(self, ids: Sequence[int]) -> list[Sequence[int]]:
         size = len(self._staging[0])
         return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+
+class _Flight(NamedTuple):
+    """A piece on the wire.
+
+    When the connection breaks, Gloo tells the transfers that have not begun and forgets the one
+    under way, whose wait would last until its time-out. So nobody waits for data: the one-byte
+    `signal` that follows it is what ends, or breaks, in time.
+    """
+
+    signal: dist.Work
+    data: tuple[dist.Work, ...]
+    """Kept until then, because Gloo does not keep the buffers of its transfers."""
+
+    def wait(self, deadline: float) -> None:
+        """Return when the piece is there. Raises RuntimeError at the deadline and on a break."""
+        for work in (self.signal, *self.data):
+            work.wait(_milliseconds(deadline - time.monotonic()))
 
 
 def _gather(blocks: ByteArray, ids: Sequence[int], staging: ByteArray) -> None:
@@ -150,27 +160,10 @@ def _scatter(staging: ByteArray, blocks: ByteArray, ids: Sequence[int]) -> None:
         blocks[target : target + count] = staging[source : source + count]
 
 
-def _wait(work: dist.Work, deadline: float) -> None:
-    work.wait(_milliseconds(deadline - time.monotonic()))
+def _byte() -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.uint8)
 
 
 def _milliseconds(seconds: float) -> timedelta:
     # Gloo counts in milliseconds and takes 0 to mean for ever.
     return timedelta(milliseconds=max(1, int(seconds * 1e3)))
-
-
-def _check_listen_host(host: str) -> None:
-    try:
-        address = ipaddress.ip_address(socket.gethostbyname(host))
-        if address.is_unspecified:
-            raise ConfigError(
-                f"kv.listen_host is {host}: peers cannot connect to it, and it would listen on "
-                "every interface. Set one address of this host"
-            )
-        with socket.socket() as probe:
-            probe.bind((str(address), 0))
-    except OSError as error:
-        raise ConfigError(
-            f"kv.listen_host is {host!r}, where this host cannot listen: {error.strerror}. Set one "
-            "of its own addresses, or 127.0.0.1 when all workers are on this host"
-        ) from error

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable
 
 from paceline.kv_transfer.channel_store import ChannelStore
-from paceline.kv_transfer.communicator import Communicator, GlooDevice
+from paceline.kv_transfer.communicator import Communicator
+from paceline.kv_transfer.gloo_device import GlooDevice
 from paceline.kv_transfer.pair_messages import PairMessage, Put, encode
 from paceline.kv_transfer.transport import Channel, LocalPool
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from paceline.errors import TransportError
 from paceline.kv_transfer.block_runs import find_fault
-from paceline.kv_transfer.communicator import OWNER_RANK, GlooDevice
+from paceline.kv_transfer.communicator import OWNER_RANK
+from paceline.kv_transfer.gloo_device import GlooDevice
 from paceline.kv_transfer.pair_end import PairEnd
 from paceline.kv_transfer.pair_messages import Ask, Drop, Go, No, Put, decode
 from paceline.kv_transfer.transport import Channel, IsReadable, LocalPool

@@ -9,7 +9,8 @@ import numpy as np
 
 from paceline.errors import TransportError
 from paceline.kv_transfer.block_runs import find_fault
-from paceline.kv_transfer.communicator import READER_RANK, GlooDevice, WriteGate
+from paceline.kv_transfer.communicator import READER_RANK, WriteGate
+from paceline.kv_transfer.gloo_device import GlooDevice
 from paceline.kv_transfer.pair_end import PairEnd
 from paceline.kv_transfer.pair_messages import Ask, Drop, Go, No, Put, decode
 from paceline.kv_transfer.pool_memory import ByteArray

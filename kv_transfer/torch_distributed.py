@@ -21,7 +21,7 @@ import time
 import torch
 
 from paceline.errors import TransportError
-from paceline.kv_transfer.communicator import GlooDevice
+from paceline.kv_transfer.gloo_device import GlooDevice
 from paceline.kv_transfer.pair_owner import PairOwner
 from paceline.kv_transfer.pair_reader import PairReader
 from paceline.kv_transfer.transport import Channel, IsReadable, LocalPool

@@ -49,7 +49,8 @@ class ActiveRequest:
     num_attempts: int = field(default=0, init=False)
     num_setbacks: int = field(default=0, init=False)
     """Times that work came back since the last attempt that reached decode."""
-    num_internal_failures: int = field(default=0, init=False)
+    internal_failures: set[AttemptKey] = field(default_factory=set, init=False)
+    """Attempts that a worker gave back because of an internal error."""
     deaths: set[tuple[str, int]] = field(default_factory=set, init=False)
     """(worker_id, incarnation) of workers that died with its work."""
     num_resumed: int = field(default=0, init=False)

@@ -339,10 +339,10 @@ class Dispatcher:
             message,
         )
         if reason is FailureReason.INTERNAL:
-            request.num_internal_failures += 1
-            if request.num_internal_failures >= self._settings.max_internal_failures:
+            request.internal_failures.add(attempt.key)
+            if len(request.internal_failures) >= self._settings.max_internal_failures:
                 error = RequestFailedError(
-                    f"{request.num_internal_failures} attempts ended with an internal error of a "
+                    f"{len(request.internal_failures)} attempts ended with an internal error of a "
                     f"worker, the last on {worker_id}: {message}; router.max_internal_failures is "
                     f"{self._settings.max_internal_failures}"
                 )

@@ -1,8 +1,9 @@
 """Random interleavings of everything that can happen to a decode scheduler.
 
-Whatever the order of arrivals, reads, confirmations, losses, cancellations, preemptions and steps: each
-emitted token is the reference's, none is emitted before its attempt is confirmed, counts add up after every
-step, a block that a read may still write belongs to nobody else, and at the end nothing is left.
+Whatever the order of arrivals, reads, confirmations, losses, cancellations, preemptions and steps:
+each emitted token is the reference's, none is emitted before its attempt is confirmed, counts add
+up after every step, a block that a read may still write belongs to nobody else, and at the end
+nothing is left.
 """
 
 import numpy as np

@@ -15,6 +15,7 @@ from kv_peer import (
     expected_blocks,
     resources,
     wait_ended,
+    wait_until,
 )
 
 from paceline.errors import ConfigError, TransportError
@@ -208,6 +209,26 @@ def test_pools_that_differ_in_block_size_are_refused() -> None:
     with pytest.raises(TransportError, match="differ in layout"):
         reader.transport.connect("owner-0.7", 7, owner.transport.endpoint(), session.reader)
     session.close()
+    owner.close()
+    reader.close()
+
+
+@pytest.mark.parametrize("closer", ["reader", "owner"])
+def test_a_transfer_cut_in_the_middle_frees_both_threads_at_once(closer: str) -> None:
+    before = resources().threads
+    owner = Worker("torch_distributed", "owner-0.7", 64, 512)
+    reader = Worker("torch_distributed", "reader-0.1", 64, 512)
+    owner.fill(7)
+    everything = range(64)
+    for _ in range(10):
+        reader.blocks.zero_()
+        pair = LocalPair(owner, reader)
+        handles = [pair.connection.read(LEASE, everything, everything) for _ in range(3)]
+        wait_until(lambda: bool(reader.blocks[0].any()))
+        (pair.connection if closer == "reader" else pair.peer).close()
+        pair.close()
+        wait_until(lambda: resources().threads == before, 2.0)
+        assert wait_ended(handles[2]).state is ReadState.FAILED
     owner.close()
     reader.close()
 

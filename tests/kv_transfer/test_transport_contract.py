@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from kv_peer import (
     expected_blocks,
     resources,
     wait_ended,
+    wait_until,
 )
 
 from paceline.kv_transfer.transport import ReadOutcome, ReadState
@@ -65,13 +66,6 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 @pytest.fixture(params=["shm", "torch_distributed"])
 def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = DEADLINE_S) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"not within {timeout_s} s"
-        time.sleep(0.002)
 
 
 def wait_for_resources(expected: Resources) -> None:
@@ -217,7 +211,7 @@ def test_an_owner_frees_what_a_killed_reader_held(transport: str) -> None:
     reader.kill()
     delivering.join(2.0)
     assert not delivering.is_alive()
-    wait_until(lambda: resources().threads == before.threads)
+    wait_until(lambda: resources().threads == before.threads, 2.0)
     owner.transport.close()
     wait_for_resources(before)
     owner.close()
@@ -239,7 +233,7 @@ def test_close_ends_running_reads_and_nothing_is_written_after_it(transport: str
     assert handles[2].state is ReadState.FAILED
     late = pair.link.connection.read(LEASE, [0], [0])
     assert wait_ended(late).error == "the connection is closed"
-    wait_until(lambda: not any("recv" in name for name in resources().threads))
+    wait_until(lambda: not any("recv" in name for name in resources().threads), 2.0)
     assert bool((reader.blocks == 255).all())
     pair.close()
     reader.close()

@@ -1,7 +1,7 @@
 """A decode scheduler with a simulated runner, routers and prefill workers, stepped by hand.
 
-Reads write straight into the simulated pool, garbage included when they have been given up. Every token
-that leaves the scheduler is compared with the reference at once.
+Reads write straight into the simulated pool, garbage included when they have been given up. Every
+token that leaves the scheduler is compared with the reference at once.
 """
 
 from collections import deque
@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from simulated_runner import SimulatedHandle, SimulatedRunner
 
+from paceline.decode_worker.attempts import Attempt, AttemptState
 from paceline.decode_worker.outcomes import Admitted, DecodeStep, Refused
 from paceline.decode_worker.scheduler import DecodeScheduler
 from paceline.engine.block_allocator import BlockAllocator
-from paceline.engine.prefix_cache import PrefixCache
+from paceline.engine.prefix_cache import ChainPosition, PrefixCache
 from paceline.engine.stop_conditions import StopConditions
 from paceline.kv_transfer.lease import FirstToken
 from paceline.request import AttemptKey, FailureReason, FinishReason, Work
@@ -24,6 +25,27 @@ BLOCK_TOKENS = 4
 EOS = 5
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, seed=1)
 GARBAGE = np.uint64(0xDEAD)
+
+
+def make_attempt(state: AttemptState = AttemptState.IMPORTING) -> Attempt:
+    prompt = np.arange(5, dtype=np.int32)
+    work = Work(
+        AttemptKey("r", 1), (0,), (1,), prompt, np.empty(0, np.int32), SamplingParams(max_tokens=4)
+    )
+    return Attempt(
+        num_tokens=5,
+        num_planned=0,
+        arrived_s=0.0,
+        work=work,
+        session=1,
+        context=prompt,
+        context_block_ids=(0, 1),
+        stop_conditions=StopConditions(frozenset(), 4),
+        chain=ChainPosition(b"", None, None),
+        num_cached_blocks=0,
+        state=state,
+        renewed_s=0.0,
+    )
 
 
 @dataclass

@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import socket
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection as Pipe
@@ -93,6 +94,13 @@ def wait_ended(handle: ReadHandle, timeout_s: float = DEADLINE_S) -> ReadOutcome
     assert ended.wait(timeout_s), f"the read has not ended within {timeout_s} s"
     assert len(outcomes) == 1
     return outcomes[0]
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = DEADLINE_S) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout_s} s"
+        time.sleep(0.002)
 
 
 class PipeSession:

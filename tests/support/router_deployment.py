@@ -107,8 +107,13 @@ class RouterDeployment:
         self, request: inference_pb2.GenerateRequest, *, deadline_s: float | None = None
     ) -> Answer:
         answer = Answer()
-        async for message in self.stub.Generate(request, timeout=deadline_s):
-            answer.add(message)
+        call = self.stub.Generate(request, timeout=deadline_s)
+        try:
+            async for message in call:
+                answer.add(message)
+        finally:
+            # A task that is cancelled before its call's first read does not always cancel the call.
+            call.cancel()
         return answer
 
     def assert_idle(self) -> None:

@@ -28,6 +28,11 @@ class _Held:
     has_source: bool
     outputs: dict[int, list[int]]
 
+    @property
+    def is_complete(self) -> bool:
+        limit = self.work.sampling.max_tokens
+        return all(len(output) == limit for output in self.outputs.values())
+
 
 @dataclass
 class SimulatedWorker:
@@ -86,6 +91,8 @@ class SimulatedWorker:
                     continue
                 self._emit(held, rows, finished)
                 self.cluster.first_tokens.add(key)
+                if held.is_complete:
+                    del self.held[key]  # nobody will read its KV
             else:
                 if held.has_source and key not in self.cluster.first_tokens:
                     continue

@@ -1,0 +1,307 @@
+"""Measure one router alone: `python -m paceline.bench.router_throughput [--output FILE]`.
+
+Three processes: the router; a simulated worker that sends one token a stream and step, without a
+model; and this one, the client. Reported are
+
+- tokens/s that reached the client, and tokens per second of the router's own CPU time: what a
+router
+  on a core of its own can carry, whatever else shares this machine;
+- the time that router and dispatch add to a request: the client's time for a request of one token,
+sent
+  alone, which the worker answers at once. It includes both gRPC hops; a bare one is beside it.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import psutil
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from paceline.bench.environment import describe_environment, write_result
+from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
+from paceline.router.model import ServedModel
+from paceline.router.placement import UNLIMITED_LOCAL_PREFILL, Role, WorkerMember
+from paceline.router.server import Router
+from paceline.router.settings import RouterSettings
+from paceline.v1 import inference_pb2, inference_pb2_grpc
+from paceline.wire import pack_uint32
+
+VOCAB_SIZE = 256
+PROMPT_TOKENS = 64
+NUM_BLOCKS = 1 << 20
+MAX_MODEL_LEN = 1 << 16
+
+
+class InstantWorker(worker_pb2_grpc.WorkerServiceServicer):
+    """A decode worker that computes nothing: every stream gets a token each `step_s` seconds."""
+
+    def __init__(self, step_s: float) -> None:
+        self._step_s = step_s
+        self._streams: dict[int, tuple[int, int]] = {}
+        """stream id -> (tokens sent, tokens wanted)"""
+        self._ids: dict[tuple[str, int], list[int]] = {}
+        self._num_seen = 0
+        self._writing = asyncio.Lock()
+
+    async def Session(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        hello = (await context.read()).hello
+        welcome = worker_pb2.Welcome(
+            worker_id="decode-0",
+            incarnation=hello.worker_incarnation,
+            num_blocks=NUM_BLOCKS,
+            block_tokens=16,
+            local_prefill_tokens=UNLIMITED_LOCAL_PREFILL,
+            load=self._load(),
+        )
+        await self._write(context, worker_pb2.SessionResponse(welcome=welcome))
+        stepping = asyncio.create_task(self._step_for_ever(context))
+        try:
+            while isinstance(request := await context.read(), worker_pb2.SessionRequest):
+                await self._take(request, context)
+        finally:
+            stepping.cancel()
+
+    async def _take(self, request: worker_pb2.SessionRequest, context: Any) -> None:
+        if request.WhichOneof("message") == "cancel":
+            cancel = request.cancel
+            for stream_id in self._ids.pop((cancel.request_id, cancel.attempt), []):
+                self._streams.pop(stream_id, None)
+            return
+        work = request.admit.work
+        self._num_seen += 1
+        key = (work.request_id, work.attempt)
+        admission = worker_pb2.Admission(request_id=key[0], attempt=key[1], admitted=True)
+        await self._write(context, worker_pb2.SessionResponse(admission=admission))
+        self._ids[key] = list(work.stream_ids)
+        for stream_id in work.stream_ids:
+            self._streams[stream_id] = (0, work.sampling.max_tokens)
+        if self._step_s == 0:
+            await self._step(context)
+
+    async def _step_for_ever(self, context: Any) -> None:
+        next_s = time.monotonic()
+        while self._step_s:
+            await self._step(context)
+            next_s = max(next_s + self._step_s, time.monotonic())
+            await asyncio.sleep(next_s - time.monotonic())
+
+    async def _step(self, context: Any) -> None:
+        if not self._streams:
+            return
+        ids = list(self._streams)
+        indices = [self._streams[stream_id][0] for stream_id in ids]
+        finished = []
+        for stream_id in ids:
+            num_sent, wanted = self._streams[stream_id]
+            if num_sent + 1 == wanted:
+                del self._streams[stream_id]
+                finished.append(stream_id)
+            else:
+                self._streams[stream_id] = (num_sent + 1, wanted)
+        step = worker_pb2.StepReport(
+            stream_ids=pack_uint32(ids),
+            indices=pack_uint32(indices),
+            token_ids=pack_uint32([65 + index % 26 for index in indices]),
+            finished_stream_ids=pack_uint32(finished),
+            finish_reasons=bytes([inference_pb2.FINISH_REASON_LENGTH]) * len(finished),
+            load=self._load(),
+        )
+        await self._write(context, worker_pb2.SessionResponse(step=step))
+
+    async def _write(self, context: Any, message: worker_pb2.SessionResponse) -> None:
+        async with self._writing:
+            await context.write(message)
+
+    def _load(self) -> worker_pb2.Load:
+        return worker_pb2.Load(
+            credit_blocks=NUM_BLOCKS,
+            credit_requests=1 << 16,
+            num_dispatches_seen=self._num_seen,
+            num_running=len(self._streams),
+            num_free_blocks=NUM_BLOCKS,
+        )
+
+
+async def _until_told(pipe: Connection) -> None:
+    await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
+
+
+def run_worker(pipe: Connection, step_s: float) -> None:
+    """Serve a simulated worker until the pipe says something."""
+
+    async def serve() -> None:
+        server = grpc.aio.server()
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(InstantWorker(step_s), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        pipe.send(f"127.0.0.1:{port}")
+        await _until_told(pipe)
+        await server.stop(None)
+
+    asyncio.run(serve())
+
+
+def run_router(pipe: Connection, folder: Path, worker_address: str) -> None:
+    """Serve a router in front of that worker until the pipe says something."""
+
+    async def serve() -> None:
+        model = ServedModel("simulated", MAX_MODEL_LEN, VOCAB_SIZE, (), folder)
+        router = Router(RouterSettings(grpc_port=0, drain_timeout_s=0.0), model)
+        await router.start()
+        worker = WorkerMember("decode-0", Role.DECODE, 1, worker_address)
+        await router.update_membership(1, [worker])
+        while not router.status().can_serve:  # the worker listens already
+            await asyncio.sleep(0.01)
+        pipe.send(router.address)
+        await _until_told(pipe)
+        await router.stop()
+
+    asyncio.run(serve())
+
+
+def make_request(max_tokens: int) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(
+        token_ids=inference_pb2.TokenIds(ids=[1] * PROMPT_TOKENS),
+        sampling=inference_pb2.SamplingParams(max_tokens=max_tokens, temperature=0.0),
+    )
+
+
+async def measure_added_time(address: str, num_requests: int) -> dict[str, Any]:
+    """Time requests of one token, one after the other, and bare calls beside them."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+
+        async def one_token() -> None:
+            async for _ in stub.Generate(make_request(1)):
+                pass
+
+        async def bare() -> None:
+            await stub.GetModelInfo(inference_pb2.GetModelInfoRequest())
+
+        async def seconds(call: Callable[[], Awaitable[None]]) -> list[float]:
+            times = []
+            for _ in range(num_requests):
+                start_s = time.perf_counter()
+                await call()
+                times.append(time.perf_counter() - start_s)
+            return times
+
+        await seconds(one_token)  # warm up
+        return {
+            "request_of_one_token_ms": _quantiles(await seconds(one_token)),
+            "bare_grpc_call_ms": _quantiles(await seconds(bare)),
+        }
+
+
+async def measure_throughput(
+    address: str, router: psutil.Process, num_streams: int, max_tokens: int
+) -> dict[str, Any]:
+    """Run many streams at once and count what arrives."""
+    counts = {"tokens": 0, "messages": 0}
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+
+        async def one_stream() -> None:
+            async for message in stub.Generate(make_request(max_tokens)):
+                counts["tokens"] += len(message.tokens)
+                counts["messages"] += 1
+
+        start_s, cpu_start_s = time.perf_counter(), _cpu_s(router)
+        await asyncio.gather(*(one_stream() for _ in range(num_streams)))
+        wall_s, cpu_s = time.perf_counter() - start_s, _cpu_s(router) - cpu_start_s
+    return {
+        "tokens": counts["tokens"],
+        "tokens_per_message": round(counts["tokens"] / counts["messages"], 3),
+        "tokens_per_s": round(counts["tokens"] / wall_s),
+        "tokens_per_router_cpu_s": round(counts["tokens"] / cpu_s),
+        "messages_per_router_cpu_s": round(counts["messages"] / cpu_s),
+        "router_cpu_share": round(cpu_s / wall_s, 3),
+    }
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _quantiles(seconds: list[float]) -> dict[str, float]:
+    return {
+        name: round(float(np.quantile(seconds, q)) * 1e3, 3)
+        for name, q in (("median", 0.5), ("p99", 0.99))
+    }
+
+
+def _write_tokenizer(folder: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: token_id for token_id, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def measure(step_s: float, num_streams: int, max_tokens: int, num_requests: int) -> dict[str, Any]:
+    """Start worker and router, measure, stop them. With `step_s` 0, measure the time of one
+    request."""
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        _write_tokenizer(Path(folder))
+        worker_pipe, worker_end = spawn.Pipe()
+        worker = spawn.Process(target=run_worker, args=(worker_end, step_s))
+        worker.start()
+        router_pipe, router_end = spawn.Pipe()
+        router = spawn.Process(
+            target=run_router, args=(router_end, Path(folder), worker_pipe.recv())
+        )
+        router.start()
+        try:
+            address = router_pipe.recv()
+            if step_s == 0:
+                return asyncio.run(measure_added_time(address, num_requests))
+            process = psutil.Process(router.pid)
+            return asyncio.run(measure_throughput(address, process, num_streams, max_tokens))
+        finally:
+            for pipe in (router_pipe, worker_pipe):
+                pipe.send("stop")
+            router.join(10)
+            worker.join(10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure one router with a simulated worker.")
+    parser.add_argument("--streams", type=int, default=256, help="concurrent requests")
+    parser.add_argument("--tokens", type=int, default=256, help="output tokens of each")
+    parser.add_argument("--step-ms", type=float, default=10.0, help="the worker's step, over 0")
+    parser.add_argument("--requests", type=int, default=500, help="requests of one token")
+    parser.add_argument("--output", type=Path, help="file for the JSON; default: print it")
+    options = parser.parse_args()
+    config = {
+        "streams": options.streams,
+        "tokens": options.tokens,
+        "step_ms": options.step_ms,
+        "requests": options.requests,
+    }
+    sizes = (options.streams, options.tokens, options.requests)
+    result = {
+        **measure(options.step_ms / 1e3, *sizes),
+        **measure(0.0, *sizes),
+    }
+    if options.output is not None:
+        write_result(options.output, "router_throughput", config, result)
+    else:
+        report = {**describe_environment(), "config": config, "result": result}
+        print(json.dumps(report, indent=2))  # noqa: T201  # the command's output
+
+
+if __name__ == "__main__":
+    main()

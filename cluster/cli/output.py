@@ -1,0 +1,50 @@
+"""Print for people, or JSON for programs: data on stdout, everything else on stderr."""
+
+import dataclasses
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+WIDTH_ELSEWHERE = 150
+"""Columns when the output is no terminal: a file has room, and a table must not be cut."""
+
+
+def _console(is_stderr: bool) -> Console:
+    stream = sys.stderr if is_stderr else sys.stdout
+    width = None if stream.isatty() else WIDTH_ELSEWHERE
+    return Console(stderr=is_stderr, highlight=False, soft_wrap=True, width=width)
+
+
+out = _console(is_stderr=False)
+err = _console(is_stderr=True)
+
+
+def print_json(data: object) -> None:
+    """Print one JSON document."""
+    sys.stdout.write(json.dumps(data, indent=2, default=_plain) + "\n")
+
+
+def print_error(message: str) -> None:
+    err.print(Text("error: ", style="bold red") + Text(message))
+
+
+def print_note(message: str) -> None:
+    err.print(Text(message, style="dim"))
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / (1 << 30):.2f} GiB"
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{type(value).__name__} is not data")
