@@ -4,11 +4,10 @@ Three processes: the router; a simulated worker that sends one token a stream an
 model; and this one, the client. Reported are
 
 - tokens/s that reached the client, and tokens per second of the router's own CPU time: what a
-router
-  on a core of its own can carry, whatever else shares this machine;
-- the time that router and dispatch add to a request: the client's time for a request of one token,
-sent
-  alone, which the worker answers at once. It includes both gRPC hops; a bare one is beside it.
+  router on a core of its own can carry, whatever else shares this machine;
+- the time that router and dispatch add to a request: the client's time for a request of one token
+  through the router, less its time for the same work when it asks the worker itself. The worker
+  answers at once, and requests are sent one by one.
 """
 
 import argparse
@@ -160,8 +159,6 @@ def run_router(pipe: Connection, folder: Path, worker_address: str) -> None:
         await router.start()
         worker = WorkerMember("decode-0", Role.DECODE, 1, worker_address)
         await router.update_membership(1, [worker])
-        while not router.status().can_serve:  # the worker listens already
-            await asyncio.sleep(0.01)
         pipe.send(router.address)
         await _until_told(pipe)
         await router.stop()
@@ -176,17 +173,34 @@ def make_request(max_tokens: int) -> inference_pb2.GenerateRequest:
     )
 
 
-async def measure_added_time(address: str, num_requests: int) -> dict[str, Any]:
-    """Time requests of one token, one after the other, and bare calls beside them."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+async def measure_added_time(
+    router_address: str, worker_address: str, num_requests: int
+) -> dict[str, Any]:
+    """Time requests of one token, one after the other, through the router and without it."""
+    async with (
+        grpc.aio.insecure_channel(router_address) as to_router,
+        grpc.aio.insecure_channel(worker_address) as to_worker,
+    ):
+        stub = inference_pb2_grpc.InferenceServiceStub(to_router)
 
-        async def one_token() -> None:
+        async def through_router() -> None:
             async for _ in stub.Generate(make_request(1)):
                 pass
 
-        async def bare() -> None:
-            await stub.GetModelInfo(inference_pb2.GetModelInfoRequest())
+        session = worker_pb2_grpc.WorkerServiceStub(to_worker).Session()
+        await session.write(worker_pb2.SessionRequest(hello=worker_pb2.Hello()))
+        await session.read()
+
+        async def directly() -> None:
+            work = worker_pb2.Work(
+                request_id="direct",
+                stream_ids=[1],
+                prompt_token_ids=[1] * PROMPT_TOKENS,
+                sampling=inference_pb2.SamplingParams(max_tokens=1),
+            )
+            await session.write(worker_pb2.SessionRequest(admit=worker_pb2.Admit(work=work)))
+            for _ in ("admission", "step"):
+                await session.read()
 
         async def seconds(call: Callable[[], Awaitable[None]]) -> list[float]:
             times = []
@@ -196,11 +210,17 @@ async def measure_added_time(address: str, num_requests: int) -> dict[str, Any]:
                 times.append(time.perf_counter() - start_s)
             return times
 
-        await seconds(one_token)  # warm up
-        return {
-            "request_of_one_token_ms": _quantiles(await seconds(one_token)),
-            "bare_grpc_call_ms": _quantiles(await seconds(bare)),
-        }
+        await seconds(through_router)  # warm up
+        routed, direct = (
+            _quantiles(await seconds(through_router)),
+            _quantiles(await seconds(directly)),
+        )
+        session.cancel()
+    return {
+        "one_token_through_router_ms": routed,
+        "one_token_without_router_ms": direct,
+        "added_ms": {name: round(routed[name] - direct[name], 3) for name in routed},
+    }
 
 
 async def measure_throughput(
@@ -259,15 +279,14 @@ def measure(step_s: float, num_streams: int, max_tokens: int, num_requests: int)
         worker_pipe, worker_end = spawn.Pipe()
         worker = spawn.Process(target=run_worker, args=(worker_end, step_s))
         worker.start()
+        worker_address = worker_pipe.recv()
         router_pipe, router_end = spawn.Pipe()
-        router = spawn.Process(
-            target=run_router, args=(router_end, Path(folder), worker_pipe.recv())
-        )
+        router = spawn.Process(target=run_router, args=(router_end, Path(folder), worker_address))
         router.start()
         try:
             address = router_pipe.recv()
             if step_s == 0:
-                return asyncio.run(measure_added_time(address, num_requests))
+                return asyncio.run(measure_added_time(address, worker_address, num_requests))
             process = psutil.Process(router.pid)
             return asyncio.run(measure_throughput(address, process, num_streams, max_tokens))
         finally:

@@ -98,10 +98,6 @@ class ProcessActor:
         """Arm faults, for tests."""
         self._running().arm_failpoint(specification)
 
-    async def import_path(self) -> list[str]:
-        """Return sys.path, for the test that no folder of a checkout is on it."""
-        return sys.path
-
     async def _start(self, loop: asyncio.AbstractEventLoop) -> Started:
         def failed(error: BaseException) -> None:
             loop.call_soon_threadsafe(self._failed, error)

@@ -137,7 +137,10 @@ def _why_taken(record: DeploymentRecord) -> str:
             "another one beside it: --set deployment=NAME --set router.grpc_port=0"
         )
     if psutil.pid_exists(record.up_pid):
-        return f"the deployment {name} is being started by process {record.up_pid}, since {age_s:.0f} s"
+        return (
+            f"the deployment {name} is being started by process {record.up_pid}, since "
+            f"{age_s:.0f} s"
+        )
     return (
         f"an earlier start of the deployment {name} ended before it was up. Clean up with paceline "
         f"down --deployment {name}, and try again"

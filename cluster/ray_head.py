@@ -109,13 +109,12 @@ def find_processes(folder: Path) -> list[psutil.Process]:
 
 
 def use_loopback_address() -> None:
-    """Make this process join a Ray of `start`; must come before Ray is imported."""
-    if "ray" in sys.modules and os.environ.get(_LOOPBACK_VARIABLE) != "0":
-        raise ConfigError(
-            f"Ray was imported before {_LOOPBACK_VARIABLE} was set to 0, and cannot join a Ray "
-            "that listens on loopback only. Set it in the environment of this process"
-        )
+    """Make this process join a Ray of `start`. Call it before `ray.init`."""
     os.environ.update(_LOOPBACK_ENVIRONMENT)
+    if "ray" in sys.modules:  # it has read its environment already
+        from ray._private import ray_constants
+
+        ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def answers(address: str, timeout_s: float = 1.0) -> bool:

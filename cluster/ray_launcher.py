@@ -48,8 +48,9 @@ class RayProcess:
         self._log_path = ""
 
     async def start(self) -> Started:
+        # First, so that its process and log are known if the start ends it.
+        await self._patiently(self.report)
         started: Started = await self._patiently(self._actor.start.remote)
-        self._pid = started.pid
         return started
 
     async def wait(self) -> None:

@@ -1,4 +1,7 @@
-"""The one tree of settings: what a deployment's YAML file may say, composed of each package's part."""
+"""The one tree of settings: what a deployment's YAML file may say.
+
+Each package has its own part; this composes them and checks what no part can check alone.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Self

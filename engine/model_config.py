@@ -265,6 +265,11 @@ def _rope(keys: _Keys, max_position: int) -> RopeConfig:
                 f"{keys.source} has {name} = {value!r}: parameters by kind of layer are not "
                 "implemented. Choose another model."
             )
+    if newer and older:
+        raise UnsupportedModelError(
+            f"{keys.source} has both rope_parameters and rope_scaling, and it is unclear which holds. "
+            "Remove the one that the model was not trained with."
+        )
     return read_rope(newer or older, theta, max_position)
 
 

@@ -4,6 +4,7 @@ Built directly for each ordered pair, never as part of a world, so that one dead
 own pairs. After any error a communicator is good for nothing: the pair drops it and builds another.
 """
 
+import re
 import threading
 import time
 from collections import deque
@@ -129,6 +130,12 @@ class Communicator:
     def _pieces(self, ids: Sequence[int]) -> list[Sequence[int]]:
         size = len(self._staging[0])
         return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+
+def describe(error: Exception) -> str:
+    """Say a communicator's error without Gloo's source paths and advice."""
+    text = re.sub(r"^\[\S+:\d+\] ", "", str(error))
+    return text.split(". This is typically caused by")[0]
 
 
 class _Flight(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from paceline.errors import TransportError
 from paceline.kv_transfer.block_runs import find_fault
-from paceline.kv_transfer.communicator import OWNER_RANK
+from paceline.kv_transfer.communicator import OWNER_RANK, describe
 from paceline.kv_transfer.gloo_device import GlooDevice
 from paceline.kv_transfer.pair_end import PairEnd
 from paceline.kv_transfer.pair_messages import Ask, Drop, Go, No, Put, decode
@@ -62,7 +62,7 @@ class PairOwner:
             try:
                 self._serve(ask)
             except (TransportError, RuntimeError) as error:
-                self._fail(ask, str(error))
+                self._fail(ask, describe(error))
             except Exception as error:
                 logger.exception("serving a KV read failed; reader=%s", self.end.peer)
                 self._fail(ask, repr(error))

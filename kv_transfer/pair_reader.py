@@ -9,7 +9,7 @@ import numpy as np
 
 from paceline.errors import TransportError
 from paceline.kv_transfer.block_runs import find_fault
-from paceline.kv_transfer.communicator import READER_RANK, WriteGate
+from paceline.kv_transfer.communicator import READER_RANK, WriteGate, describe
 from paceline.kv_transfer.gloo_device import GlooDevice
 from paceline.kv_transfer.pair_end import PairEnd
 from paceline.kv_transfer.pair_messages import Ask, Drop, Go, No, Put, decode
@@ -133,7 +133,7 @@ class PairReader:
             try:
                 self._receive(asked)
             except (TransportError, RuntimeError) as error:
-                self._give_up(asked, str(error))
+                self._give_up(asked, describe(error))
             except Exception as error:
                 logger.exception("a KV read failed; owner=%s", self.end.peer)
                 self._give_up(asked, repr(error))
@@ -154,10 +154,7 @@ class PairReader:
     def _receive(self, asked: _Asked) -> None:
         match asked.answer:
             case None:
-                raise TransportError(
-                    f"{self.end.peer} did not answer within kv.read_timeout_s, "
-                    f"{self.end.timeout_s} s"
-                )
+                raise TransportError("the owner did not answer")
             case No(_, reason):
                 self._forget(asked)
                 asked.read.fail(f"{self.end.peer} refused the read: {reason}")
@@ -179,6 +176,7 @@ class PairReader:
                 failed, error = [asked], asked.answer.reason  # the owner gave up, and goes on
             elif asked.read.remaining_s < 0.01:
                 failed = [asked]  # the others have time left
+                error = f"not done within kv.read_timeout_s, {self.end.timeout_s} s ({error})"
             else:
                 failed = list(self._asked)
             if not isinstance(asked.answer, No) and not self.end.is_closing and failed:

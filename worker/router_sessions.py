@@ -20,7 +20,8 @@ class _Session:
         self.stream = stream
         self.num_dispatches_seen = 0
         self.output: StepOutput | None = None
-        self.last_load: LoadReport | None = None
+        self.reported: tuple[LoadReport, int] | None = None
+        """The load that the router was told last, and the dispatches counted in it."""
         self.last_sent_s = 0.0
 
 
@@ -61,8 +62,7 @@ class RouterSessions:
         """Keep the output for the message that `report` sends at the end of the round."""
         if session in self._sessions:
             held = self._sessions[session]
-            if held.output is not None:
-                self._report(held, held.last_load)
+            self._flush_output(held)
             held.output = output
 
     def send_failure(
@@ -92,7 +92,8 @@ class RouterSessions:
         for number, session in self._sessions.items():
             load = core.load(number, len(self._sessions))
             due = now - session.last_sent_s >= self._heartbeat_s
-            if session.output is not None or load != session.last_load or due:
+            news = (load, session.num_dispatches_seen) != session.reported
+            if session.output is not None or news or due:
                 self._report(session, load)
                 session.last_sent_s = now
 
@@ -100,21 +101,24 @@ class RouterSessions:
         step = step_report(session.output or StepOutput())
         if load is not None:
             step.load.CopyFrom(load_message(load, session.num_dispatches_seen))
+            session.reported = (load, session.num_dispatches_seen)
         session.output = None
-        session.last_load = load
         session.stream.send(wire_messages.SessionResponse(step=step))
 
     def _send(self, session: int, message: wire_messages.SessionResponse) -> None:
         # A session that has ended meanwhile: its router has forgotten the attempt.
         if session in self._sessions:
-            self._flush_output(session)
-            self._sessions[session].stream.send(message)
+            held = self._sessions[session]
+            self._flush_output(held)
+            held.stream.send(message)
 
-    def _flush_output(self, session: int) -> None:
-        """Keep the order: tokens come before what is said about their attempt afterwards."""
-        held = self._sessions[session]
-        if held.output is not None:
-            self._report(held, held.last_load)
+    def _flush_output(self, session: _Session) -> None:
+        """Keep the order: tokens come before what is said about their attempt afterwards.
+
+        Without the load, which is known at the end of the round only.
+        """
+        if session.output is not None:
+            self._report(session, None)
 
 
 def step_report(output: StepOutput) -> wire_messages.StepReport:

@@ -1,7 +1,7 @@
 """The timed checklist of a start: a live view on a terminal, lines elsewhere."""
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -32,7 +32,7 @@ class Checklist:
         self._spinner = Spinner("dots")
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=12)
 
-    def __enter__(self) -> "Checklist":
+    def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._live.start()
         return self

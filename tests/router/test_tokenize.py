@@ -2,11 +2,13 @@ import asyncio
 import json
 from pathlib import Path
 
+import platformdirs
 import pytest
 from tiny_tokenizer import BOS_ID, TEMPLATE, byte_ids, byte_tokenizer, write_tokenizer
 
 from paceline.errors import ConfigError, InvalidRequestError
 from paceline.router.chat_template import ChatMessage, ChatTemplate
+from paceline.router.text_stream import TextStream
 from paceline.router.tokenize import PromptTokenizer
 
 HELLO = [ChatMessage("user", "hello")]
@@ -116,3 +118,31 @@ def test_template_equals_transformers_rendering(tmp_path: Path) -> None:
     )
     template = ChatTemplate(TEMPLATE, {"bos_token": "<bos>", "eos_token": "<eos>"})
     assert template.render([ChatMessage(**m) for m in messages]) == wanted
+
+
+def _smollm2_folders() -> list[Path]:
+    cache = Path(platformdirs.user_cache_dir("paceline"))
+    return sorted(cache.glob("**/SmolLM2*/tokenizer.json"))
+
+
+async def test_smollm2_prompts_and_text_equal_those_of_transformers() -> None:
+    folders = _smollm2_folders()
+    if not folders:
+        pytest.skip("SmolLM2 has not been converted on this machine; `paceline up` does it")
+    transformers = pytest.importorskip("transformers")
+    folder = folders[0].parent
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = PromptTokenizer.from_folder(folder, 1)
+    text = "The quick 😀 fox — naïve café. 日本語\n  indented"
+    ids = await tokenizer.encode_text(text)
+    assert ids == reference(text).input_ids
+    chat = await tokenizer.encode_chat([ChatMessage("user", text)])
+    messages = [{"role": "user", "content": text}]
+    assert chat == reference.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    stream = TextStream(tokenizer.tokenizer, chat)
+    for token_id in ids:
+        stream.push(token_id)
+    stream.flush()
+    assert stream.take() == text

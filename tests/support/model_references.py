@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 VOCAB_SIZE = 97
 SHAPE: dict[str, Any] = {
@@ -53,3 +54,46 @@ def logits_of(model: transformers.PreTrainedModel, tokens: list[int]) -> torch.T
     """Logits after each token, float32 [tokens, vocabulary], computed in one go."""
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0].to(torch.float32)
+
+
+def smollm2_by_transformers(folder: Path) -> transformers.PreTrainedModel:
+    """Load a converted folder into transformers' own model: merged products are taken apart."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    head = config.hidden_size // config.num_attention_heads
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        merged = tensors.pop(f"{prefix}.self_attn.qkv_proj.weight").split([q, kv, kv])
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), merged, strict=True):
+            tensors[f"{prefix}.self_attn.{name}.weight"] = part
+        for name, part in zip(
+            ("gate_proj", "up_proj"),
+            tensors.pop(f"{prefix}.mlp.gate_up_proj.weight").chunk(2),
+            strict=True,
+        ):
+            tensors[f"{prefix}.mlp.{name}.weight"] = part
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, assign=True)
+    # Not a parameter, so not in the file: computed anew, away from the meta device.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    return model.eval()
+
+
+def greedy_tokens(
+    model: transformers.PreTrainedModel, prompt: list[int], num_tokens: int
+) -> list[int]:
+    """transformers' greedy continuation, not stopped by the end of sequence."""
+    with torch.inference_mode():
+        output = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return [int(token) for token in output[0, len(prompt) :]]

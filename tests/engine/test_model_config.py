@@ -1,0 +1,171 @@
+"""config.json: what is implemented is read, and everything else is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from model_references import SHAPE
+
+from paceline.engine.model_config import parse_model_config, read_model_config
+from paceline.engine.rope import RopeType
+from paceline.errors import ConfigError, UnsupportedModelError
+
+
+def make_config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
+    return SHAPE | {"architectures": [architecture], "rms_norm_eps": 1e-6} | changes
+
+
+def parse(architecture: str = "LlamaForCausalLM", **changes: Any) -> Any:
+    return parse_model_config(make_config(architecture, **changes), {}, "config.json")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"],
+)
+def test_every_key_that_transformers_writes_is_understood(
+    architecture: str, tmp_path: Path
+) -> None:
+    """Also when it writes all of them, defaults included."""
+    wanted = getattr(transformers, architecture).config_class(**SHAPE)
+    wanted.architectures = [architecture]
+    (tmp_path / "config.json").write_text(wanted.to_json_string(use_diff=False))
+    config = read_model_config(tmp_path)
+    assert config.architecture == architecture
+    assert (config.num_heads, config.num_kv_heads) == (4, 2)
+    head_dim = getattr(wanted, "head_dim", None) or 12
+    assert config.head_dim == head_dim
+    assert config.rope.theta == wanted.rope_parameters["rope_theta"]
+
+
+def test_unsupported_architecture_is_refused_with_the_list_of_supported_ones() -> None:
+    with pytest.raises(UnsupportedModelError) as refusal:
+        parse("FalconForCausalLM")
+    for name in ("Falcon", "Llama", "Mistral", "Qwen2", "Qwen3"):
+        assert f"{name}ForCausalLM" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "value"),
+    [
+        ("LlamaForCausalLM", "hidden_act", "gelu"),
+        ("LlamaForCausalLM", "final_logit_softcapping", 30.0),
+        ("LlamaForCausalLM", "attn_logit_softcapping", 50.0),
+        ("LlamaForCausalLM", "quantization_config", {"quant_method": "gptq"}),
+        ("LlamaForCausalLM", "auto_map", {"AutoModel": "modeling.Evil"}),
+        ("LlamaForCausalLM", "sliding_window", 128),
+        ("LlamaForCausalLM", "partial_rotary_factor", 0.5),
+        ("LlamaForCausalLM", "rope_interleaved", True),
+        ("MistralForCausalLM", "attention_bias", True),
+        ("MistralForCausalLM", "layer_types", ["full_attention"] * 3),
+        ("Qwen2ForCausalLM", "mlp_bias", True),
+        ("Qwen2ForCausalLM", "use_mrope", True),
+        ("Qwen3ForCausalLM", "residual_multiplier", 0.5),
+    ],
+)
+def test_key_that_would_change_output_is_refused_by_name(
+    architecture: str, key: str, value: object
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=key):
+        parse(architecture, **{key: value})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        {"rope_scaling": {"rope_type": "linear", "factor": "two"}},
+    ],
+)
+def test_scaling_of_rope_that_is_not_implemented_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match="rope|rotary"):
+        parse(**changes)
+
+
+def test_old_and_new_form_of_rope_say_the_same() -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    old = parse(rope_theta=5e5, rope_scaling=scaling)
+    new = parse(rope_parameters=scaling | {"rope_theta": 5e5})
+    assert old.rope == new.rope
+    assert old.rope.type is RopeType.LLAMA3
+    assert old.rope.theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "windows"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 9}, (9, 9, 9)),
+        ("MistralForCausalLM", {"sliding_window": None}, (None, None, None)),
+        ("MistralForCausalLM", {}, (4096, 4096, 4096)),
+        ("Qwen2ForCausalLM", {"sliding_window": 9}, (None, None, None)),
+        (
+            "Qwen2ForCausalLM",
+            {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 2},
+            (None, None, 9),
+        ),
+        (
+            "Qwen3ForCausalLM",
+            {
+                "sliding_window": 9,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            },
+            (9, None, None),
+        ),
+    ],
+)
+def test_windows_are_those_of_the_architecture(
+    architecture: str, changes: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    assert parse(architecture, **changes).windows == windows
+
+
+def test_end_of_sequence_comes_from_the_generation_config_first() -> None:
+    values = make_config(eos_token_id=3)
+    assert parse_model_config(values, {}, "x").eos_token_ids == (3,)
+    assert parse_model_config(values, {"eos_token_id": [5, 6]}, "x").eos_token_ids == (5, 6)
+    with pytest.raises(ConfigError, match="end-of-sequence token 97"):
+        parse_model_config(values, {"eos_token_id": 97}, "x")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "vocab_size"])
+def test_missing_shape_is_named(key: str) -> None:
+    values = make_config()
+    del values[key]
+    with pytest.raises(ConfigError, match=key):
+        parse_model_config(values, {}, "config.json")
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "many", True])
+def test_impossible_shape_is_named(value: object) -> None:
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        parse(num_hidden_layers=value)
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ConfigError, match="4 attention heads and 3 key-value heads"):
+        parse(num_key_value_heads=3)
+
+
+def test_config_that_is_missing_or_no_json_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps([1]))
+    with pytest.raises(ConfigError, match="no JSON object"):
+        read_model_config(tmp_path)

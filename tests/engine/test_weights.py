@@ -1,0 +1,218 @@
+"""Weights: mapped where they can be, merged where they must, and refused with every wrong name."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from model_references import logits_of, write_model
+from safetensors.torch import load_file, save_file
+
+from paceline.engine.model_config import read_model_config
+from paceline.engine.models.llama import LlamaModel
+from paceline.engine.parallel import ParallelContext
+from paceline.engine.step_batch import DecodeRows, PrefillRow, StepBatch
+from paceline.engine.weights import dummy_weights, load_weights, tensor_specs
+from paceline.errors import ConfigError
+from paceline.kernels.prefill_attention import plan_context
+
+ALONE = ParallelContext()
+
+
+def ignore(done: int, total: int) -> None:
+    pass
+
+
+def load(folder: Path, parallel: ParallelContext = ALONE) -> dict[str, torch.Tensor]:
+    config = read_model_config(folder)
+    return load_weights(folder, config, torch.float32, parallel, ignore)
+
+
+def merge_file(folder: Path) -> None:
+    """Rewrite a folder's weights in the engine's layout."""
+    save_file(load(folder), folder / "merged.safetensors")
+    (folder / "merged.safetensors").replace(folder / "model.safetensors")
+
+
+def test_merged_and_separate_files_give_the_same_tensors(tmp_path: Path) -> None:
+    write_model(tmp_path, "Qwen2ForCausalLM")
+    separate = load(tmp_path)
+    merge_file(tmp_path)
+    merged = load(tmp_path)
+    assert separate.keys() == merged.keys()
+    assert all(torch.equal(separate[name], merged[name]) for name in separate)
+
+
+def test_progress_grows_to_the_bytes_of_the_model(tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
+    seen: list[tuple[int, int]] = []
+    config = read_model_config(tmp_path)
+    tensors = load_weights(
+        tmp_path, config, torch.float32, ALONE, lambda done, total: seen.append((done, total))
+    )
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1] == (total, total)
+
+
+def test_wrong_tensors_are_all_named(tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    tensors["model.layers.0.self_attn.sinks"] = torch.zeros(4)
+    tensors["model.norm.weight"] = torch.zeros(49)
+    save_file(tensors, path)
+    with pytest.raises(ConfigError) as refusal:
+        load(tmp_path)
+    message = str(refusal.value)
+    assert "1 missing: model.layers.1.self_attn.k_proj.weight" in message
+    assert "1 unexpected: model.layers.0.self_attn.sinks" in message
+    assert "model.norm.weight [49] instead of [48]" in message
+
+
+def test_tied_head_may_be_in_the_file_and_is_the_embedding(tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": torch.zeros(97, 48)}, path)
+    assert "lm_head.weight" not in load(tmp_path)
+
+
+def test_folder_without_safetensors_is_refused_even_if_it_has_pickles(tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin, a format that can run code"):
+        load(tmp_path)
+
+
+def test_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="cut short"):
+        load(tmp_path)
+
+
+def test_dummy_weights_are_the_same_every_time_and_have_every_tensor(tmp_path: Path) -> None:
+    write_model(tmp_path, "Qwen3ForCausalLM")
+    config = read_model_config(tmp_path)
+    first = dummy_weights(config, torch.float32, ALONE, ignore)
+    second = dummy_weights(config, torch.float32, ALONE, ignore)
+    assert set(first) == {spec.name for spec in tensor_specs(config)}
+    for spec in tensor_specs(config):
+        assert tuple(first[spec.name].shape) == spec.shape
+        assert torch.equal(first[spec.name], second[spec.name])
+    assert not torch.equal(
+        first["model.layers.0.mlp.down_proj.weight"], first["model.layers.1.mlp.down_proj.weight"]
+    )
+
+
+SHARE_OF_CLEAN_PAGES = """
+import sys, torch
+from pathlib import Path
+from paceline.engine.model_config import read_model_config
+from paceline.engine.parallel import ParallelContext
+from paceline.engine.weights import load_weights
+folder = Path(sys.argv[1])
+tensors = load_weights(
+    folder, read_model_config(folder), torch.float32, ParallelContext(), lambda a, b: None
+)
+print("loaded", flush=True)
+sys.stdin.readline()
+inside, sizes = False, {}
+for line in open("/proc/self/smaps"):
+    words = line.split()
+    if "-" in words[0] and not words[0].endswith(":"):
+        inside = line.rstrip().endswith("model.safetensors")
+    elif inside:
+        sizes[words[0]] = sizes.get(words[0], 0) + int(words[1]) if words[1].isdigit() else 0
+print(sum(t.nbytes for t in tensors.values()) // 1024, sizes["Shared_Clean:"], sizes["Private_Dirty:"])
+"""
+
+
+def test_two_processes_share_the_pages_of_a_merged_file(tmp_path: Path) -> None:
+    write_model(
+        tmp_path, "LlamaForCausalLM", hidden_size=512, intermediate_size=2048, vocab_size=4096
+    )
+    merge_file(tmp_path)
+    command = [sys.executable, "-c", SHARE_OF_CLEAN_PAGES, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as first, subprocess.Popen(command, **pipes) as second:
+        for process in (first, second):
+            assert process.stdout is not None
+            assert process.stdout.readline() == "loaded\n"
+        report, _ = first.communicate("\n", timeout=30)
+        second.communicate("\n", timeout=30)
+    weights_kib, shared_kib, private_kib = map(int, report.split())
+    assert weights_kib > 50_000
+    assert shared_kib > 0.95 * weights_kib
+    assert private_kib < 0.01 * weights_kib
+
+
+class Ranks:
+    """Two ranks as two threads, whose all_reduce adds in shared memory."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(2, timeout=20)
+        self._parts: dict[int, torch.Tensor] = {}
+
+    def context(self, rank: int) -> ParallelContext:
+        def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+            self._parts[rank] = tensor
+            self._barrier.wait()
+            total = self._parts[0] + self._parts[1]
+            self._barrier.wait()
+            return total
+
+        return ParallelContext(rank, 2, all_reduce)
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_two_ranks_together_compute_what_one_does(
+    architecture: str, is_merged: bool, tmp_path: Path
+) -> None:
+    changes = {"attention_bias": True, "mlp_bias": True} if "Llama" in architecture else {}
+    model = write_model(tmp_path, architecture, **changes)
+    if is_merged:
+        merge_file(tmp_path)
+    config, tokens = read_model_config(tmp_path), list(range(30))
+    ranks, outputs = Ranks(), {}
+
+    def run(rank: int) -> None:
+        parallel = ranks.context(rank)
+        kv = torch.zeros(2, config.num_layers, 1, 2, 16, config.head_dim)
+        table = torch.arange(2, dtype=torch.int32).numpy()
+        slots = torch.arange(30)
+        runs = slots[:, None] // 16 * config.num_layers * 2 + torch.arange(2)
+        no_decode: DecodeRows | None = None
+        batch = StepBatch(
+            torch.tensor(tokens),
+            slots,
+            (runs * 16 + slots[:, None] % 16).reshape(-1),
+            no_decode,
+            (PrefillRow(0, 30, {None: plan_context(table, 0, 30, kv)}),),
+            None,
+        )
+        with torch.inference_mode():
+            outputs[rank] = LlamaModel(config, load(tmp_path, parallel), parallel).forward(batch, kv)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    expected = logits_of(model, tokens)
+    for rank in range(2):
+        torch.testing.assert_close(outputs[rank], expected, rtol=1e-4, atol=2e-4)
+
+
+def test_heads_that_cannot_be_dealt_out_are_refused(tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
+    config = read_model_config(tmp_path)
+    with pytest.raises(ConfigError, match="4 attention heads cannot be dealt out to 3 ranks"):
+        LlamaModel(config, load(tmp_path), ParallelContext(0, 3))
