@@ -91,14 +91,18 @@ class LoadClient:
         record = RequestRecord(request_id, len(planned.prompt), planned.max_tokens, scheduled_s)
         request = greedy_request(planned, request_id)
         record.sent_s = time.time()
+        call = self._stub.Generate(request, timeout=self._timeout_s)
         try:
-            async for response in self._stub.Generate(request, timeout=self._timeout_s):
+            async for response in call:
                 now = time.time()
                 record.token_times_s.extend([now] * len(response.tokens))
                 if response.HasField("usage"):
                     _take_last(record, response)
         except grpc.aio.AioRpcError as error:
             record.error = f"{error.code().name}: {error.details()}"
+        finally:
+            # A task cancelled before its first read would leave the call running.
+            call.cancel()
         record.ended_s = time.time()
         return record
 

@@ -163,6 +163,12 @@ def _connect(record: DeploymentRecord) -> None:
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"Ray at {record.ray_address} cannot be joined: {error}") from None
+    # Ray writes each death on our stdout, `up --json` included; the controller reports deaths.
+    ray._private.worker.print_to_stdstream = _ignore
+
+
+def _ignore(*args: object, **options: object) -> None:
+    """Say nothing."""
 
 
 def _disconnect() -> None:

@@ -49,7 +49,7 @@ class RayProcess:
 
     async def start(self) -> Started:
         # First, so that its process and log are known if the start ends it.
-        await self._patiently(self.report)
+        self._note(await self._patiently(self._actor.report.remote))
         started: Started = await self._patiently(self._actor.start.remote)
         return started
 
@@ -58,7 +58,7 @@ class RayProcess:
 
     async def report(self) -> ProcessReport:
         report: ProcessReport = await self._call(self._actor.report.remote())
-        self._pid, self._log_path = report.pid, report.log_path
+        self._note(report)
         return report
 
     async def update_membership(self, membership: Membership) -> None:
@@ -75,6 +75,9 @@ class RayProcess:
         if self._pid is not None:
             # Ray asks; a process that was stopped by a signal, or that hangs in C, does not hear.
             _kill_on_this_machine(self._pid)
+
+    def _note(self, report: ProcessReport) -> None:
+        self._pid, self._log_path = report.pid, report.log_path
 
     async def _patiently(self, call: "Callable[[], Awaitable[Result]]") -> Result:
         """Repeat a call while the actor is out of reach but not known to be dead."""

@@ -170,16 +170,19 @@ class PairReader:
 
     def _give_up(self, asked: _Asked, error: str) -> None:
         """Drop the communicator and fail the read; every other one too if the wire broke."""
-        self.end.drop_communicator()
+        with self.end.changed:
+            owner_goes_on = isinstance(asked.answer, No)
+        if not owner_goes_on:  # else it is dropped already, and there may be a newer one
+            self.end.drop_communicator()
         with self.end.changed:
             if isinstance(asked.answer, No):
-                failed, error = [asked], asked.answer.reason  # the owner gave up, and goes on
+                failed, error = [asked], asked.answer.reason
             elif asked.read.remaining_s < 0.01:
                 failed = [asked]  # the others have time left
                 error = f"not done within kv.read_timeout_s, {self.end.timeout_s} s ({error})"
             else:
                 failed = list(self._asked)
-            if not isinstance(asked.answer, No) and not self.end.is_closing and failed:
+            if not owner_goes_on and not self.end.is_closing and failed:
                 self.end.send(Drop(failed[-1].seq))
             self._asked = deque(one for one in self._asked if one not in failed)
         for one in failed:

@@ -123,8 +123,9 @@ class Transport(Protocol):
     def connect(
         self, owner: str, owner_incarnation: int, endpoint: bytes, channel: Channel
     ) -> Connection:
-        """Begin to read from an owner. Raises TransportError when its endpoint cannot be reached at
-        all.
+        """Begin to read from an owner, named `worker_id.incarnation`.
+
+        Raises TransportError when its endpoint cannot be reached at all.
         """
 
     def close(self) -> None:

@@ -1,0 +1,139 @@
+"""The command line: what it prints, in which form, and how it refuses."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from paceline.cluster import lifecycle
+from paceline.cluster.cli.app import app
+from paceline.errors import ConfigError
+
+COMMANDS = (
+    *("up", "serve", "down", "status", "scale", "drain", "generate", "chat"),
+    *("config", "check", "demo", "bench"),
+)
+
+
+def run(*arguments: str) -> str:
+    """Run a command; errors of ours come out as they were raised."""
+    result = CliRunner().invoke(app, arguments)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def paceline(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "from paceline.cluster.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_help_lists_every_command_and_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; sys.argv = ['paceline', '--help']\n"
+        "from paceline.cluster.cli import main\n"
+        "try: main()\n"
+        "finally: print({'torch', 'ray', 'grpc', 'pydantic'} & set(sys.modules))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.rstrip().endswith("set()")
+    for command in COMMANDS:
+        assert f" {command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "config"])
+def test_every_command_explains_itself(command: str) -> None:
+    assert "Usage: " in run(command, "--help")
+
+
+def test_a_refusal_is_one_line_on_stderr_without_a_traceback() -> None:
+    result = paceline("config", "show", "/nowhere.yaml")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: the settings file /nowhere.yaml does not exist")
+    assert "Traceback" not in result.stderr
+
+
+def test_status_without_a_deployment_says_how_to_start_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACELINE_RUNTIME_DIR", str(tmp_path))
+    with pytest.raises(ConfigError, match="no deployment is up on this machine. Start one"):
+        run("status")
+
+
+def test_config_show_names_the_origin_of_each_value() -> None:
+    entries = json.loads(run("config", "show", "--json", "--set", "decode.replicas=2"))
+    found = {entry["key"]: entry for entry in entries}
+    assert found["decode.replicas"]["source"] == "flag"
+    assert found["decode.replicas"]["value"] == 2
+    assert found["model.path"]["where"].startswith("local.yaml line ")
+    assert found["kv.block_tokens"]["source"] == "default"
+    assert "--set decode.replicas=2" in run("config", "show", "--set", "decode.replicas=2")
+
+
+def test_check_reports_cores_memory_and_transports() -> None:
+    findings = {entry["name"]: entry for entry in json.loads(run("check", "--json"))}
+    assert {"cores", "memory", "torch", "ray", "shm", "torch_distributed"} <= set(findings)
+    assert findings["shm"]["is_good"]
+
+
+def test_status_is_data_for_programs_and_a_table_for_people(
+    deployment: lifecycle.Deployment,
+) -> None:
+    document = json.loads(run("status", "--deployment", "test", "--json"))
+    assert document["deployment"] == "test"
+    assert {p["worker_id"] for p in document["processes"]} >= {"router-0", "decode-0"}
+    table = run("status", "--deployment", "test")
+    assert "prefill-0" in table
+    assert "ready" in table
+
+
+def test_status_needs_no_ray_and_is_quick(deployment: lifecycle.Deployment) -> None:
+    code = (
+        "import sys; sys.argv = ['paceline', 'status', '--deployment', 'test']\n"
+        "from paceline.cluster.cli import main\n"
+        "main.__call__() if False else None\n"
+        "import time; began = time.monotonic()\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'ray', 'torch'} & set(sys.modules)\n"
+        "print('seconds', time.monotonic() - began)\n"
+    )
+    began = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "seconds" in result.stdout
+    # 0.3 s alone on a quiet machine; generous, because tests share theirs.
+    assert time.monotonic() - began < 3.0
+
+
+def test_scale_waits_for_the_new_size(deployment: lifecycle.Deployment) -> None:
+    grown = json.loads(run("scale", "decode=2", "--deployment", "test", "--json"))
+    assert {p["name"]: p["ready"] for p in grown["pools"]} == {"prefill": 1, "decode": 2}
+    assert "decode 1 of 1 ready" in run("scale", "decode=1", "--deployment", "test")
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [("decode", "must read POOL=SIZE"), ("decode=-1", "is -1"), ("decode=x", "is x")],
+)
+def test_a_size_that_is_none_is_refused(size: str, words: str) -> None:
+    from paceline.errors import PacelineError
+
+    with pytest.raises(PacelineError, match=words):
+        run("scale", size)
