@@ -49,7 +49,7 @@ def prepare_model(settings: ModelSettings, cache_dir: Path, on_progress: OnProgr
     May take a minute for a new file. Safe to call from several processes at once. Raises
     ConfigError.
     """
-    path = _find(settings.path)
+    path = find_model(settings.path)
     name = settings.served_model_name or path.name.removesuffix(".gguf")
     is_gguf = path.is_file()
     _check_format(settings, path, is_gguf)
@@ -63,7 +63,8 @@ def prepare_model(settings: ModelSettings, cache_dir: Path, on_progress: OnProgr
     return ModelFolder(folder, digest, name)
 
 
-def _find(path: str) -> Path:
+def find_model(path: str) -> Path:
+    """Find the folder or .gguf file that a model.path names; raises ConfigError."""
     if path.startswith(PACKAGE_PREFIX):
         return _find_in_package(path.removeprefix(PACKAGE_PREFIX))
     found = Path(path).expanduser()

@@ -132,7 +132,7 @@ def test_converted_folder_has_merged_weights_and_all_that_a_router_needs() -> No
 def test_tokenizer_gives_the_ids_and_texts_of_transformers() -> None:
     folder = prepare(user_cache_path("paceline"), path=SMOLLM2, dtype="float32")
     ours = Tokenizer.from_file(str(folder.path / "tokenizer.json"))
-    source = model_source._find(SMOLLM2)
+    source = model_source.find_model(SMOLLM2)
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(
