@@ -26,7 +26,7 @@ from paceline.bench.record import Limits, summarize
 from paceline.engine.model_source import find_model
 
 
-def load_reference(path: str, num_threads: int) -> transformers.PreTrainedModel:
+def load_reference(path: str, num_threads: int) -> Any:
     """Load the same weights, in fp32, the way that transformers' users do."""
     torch.set_num_threads(num_threads)
     found = find_model(path)
@@ -38,7 +38,7 @@ def load_reference(path: str, num_threads: int) -> transformers.PreTrainedModel:
     return model.eval()
 
 
-def reference_seconds(model: transformers.PreTrainedModel, planned: PlannedRequest) -> float:
+def reference_seconds(model: Any, planned: PlannedRequest) -> float:
     """Time one greedy `generate` of exactly `max_tokens` tokens."""
     prompt = torch.tensor([planned.prompt])
     started = time.perf_counter()

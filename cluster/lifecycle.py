@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,7 +154,7 @@ def _connect(record: DeploymentRecord) -> None:
     import ray
 
     # Ray puts the driver's working directory on every process's import path: be in an empty one.
-    with contextlib.chdir(deployment_record.runtime_dir()):
+    with contextlib.chdir(deployment_record.runtime_dir()), _interrupts_later():
         try:
             ray.init(
                 address=record.ray_address,
@@ -165,6 +167,24 @@ def _connect(record: DeploymentRecord) -> None:
             raise ConfigError(f"Ray at {record.ray_address} cannot be joined: {error}") from None
     # Ray writes each death on our stdout, `up --json` included; the controller reports deaths.
     ray._private.worker.print_to_stdstream = _ignore
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> "Iterator[None]":
+    """Let Ctrl-C wait for the end of the block: Ray aborts the process when it is cut in half."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda got, _: arrived.append(got)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
 
 
 def _ignore(*args: object, **options: object) -> None:
@@ -234,7 +254,9 @@ def _wait_until_ready(
 
 
 def _end(record: DeploymentRecord) -> None:
-    if record.ray_address and ray_head.answers(record.ray_address):
+    # Nothing of a start that failed is worth a word when its whole Ray goes with it.
+    goes_with_ray = record.ray_folder is not None and not record.is_up
+    if record.ray_address and not goes_with_ray and ray_head.answers(record.ray_address):
         _end_actors(record)
     if record.ray_folder is not None:
         ray_head.stop(Path(record.ray_folder))

@@ -54,6 +54,7 @@ def start(folder: Path, settings: RaySettings) -> str:
             command,
             cwd=folder,
             env=_environment(settings),
+            start_new_session=True,  # a Ctrl-C in the terminal must not end Ray under us
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-
-import torch
+from typing import TYPE_CHECKING
 
 from paceline.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch  # late, because routers read a model's configuration and do without torch
 
 
 class RopeType(Enum):
@@ -113,8 +115,10 @@ def read_rope(values: Mapping[str, object], theta: float, max_position: int) -> 
     )
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> "torch.Tensor":
     """Return the angle per position of each pair of dimensions, float32 [head_dim / 2]."""
+    import torch
+
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     plain = 1.0 / (rope.theta**exponents)
     match rope.type:
@@ -128,7 +132,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
             return _yarn(plain, rope, head_dim)
 
 
-def _llama3(plain: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+def _llama3(plain: "torch.Tensor", rope: RopeConfig) -> "torch.Tensor":
     """Stretch waves longer than the trained context, keep short ones, blend those between."""
     turns = rope.original_max_position * plain / (2 * math.pi)
     share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -136,8 +140,9 @@ def _llama3(plain: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     return share * plain + (1 - share) * plain / rope.factor
 
 
-def _yarn(plain: torch.Tensor, rope: RopeConfig, head_dim: int) -> torch.Tensor:
+def _yarn(plain: "torch.Tensor", rope: RopeConfig, head_dim: int) -> "torch.Tensor":
     """YaRN (arXiv 2309.00071): a ramp over dimensions from kept to stretched frequencies."""
+    import torch
 
     def dimension_of(turns: float) -> float:
         span = rope.original_max_position / (turns * 2 * math.pi)

@@ -1,5 +1,6 @@
 """`paceline demo`: the whole path in a minute, with its times."""
 
+import signal
 import sys
 import threading
 import time
@@ -60,6 +61,7 @@ class Load:
 
 def demo(overrides: list[str], num_requests: int) -> None:
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     _title("1. Start: Ray, a router, a prefill worker and a decode worker")
     # A name and ports of its own, so that it runs beside a deployment of yours.
     loaded = load_settings(DEFAULT_FILE, ["deployment=demo", "router.grpc_port=0", *overrides])

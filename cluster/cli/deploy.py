@@ -21,6 +21,7 @@ MAX_SILENCE_S = 60.0
 
 def up(file: Path | None, overrides: list[str], as_json: bool) -> None:
     loaded = load_settings(file or DEFAULT_FILE, overrides)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     deployment = start(loaded, file or DEFAULT_FILE)
     name = deployment.record.deployment
     address = router_address(name)
