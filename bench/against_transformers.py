@@ -34,7 +34,7 @@ def load_reference(path: str, num_threads: int) -> Any:
     if found.is_file():
         options["gguf_file"] = found.name
         found = found.parent
-    model = transformers.AutoModelForCausalLM.from_pretrained(found, **options)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(found, **options)
     return model.eval()
 
 
