@@ -190,6 +190,7 @@ class ControllerActor:
 
     async def _serve(self) -> None:
         controller = Controller(self._settings, self._launcher)
+        await controller.adopt()
         server = ControlServer(ControlServicer(controller))
         wanted_port = self._settings.controller.grpc_port or self._launcher.load_port()
         port = await server.start(self._settings.controller.host, wanted_port)

@@ -86,8 +86,7 @@ class Controller:
         return next((report.model_name for report in reports if report.model_name), "")
 
     async def run(self) -> None:
-        """Adopt what lives, then work until cancelled."""
-        await self._adopt()
+        """Work until cancelled; `adopt` comes first."""
         while not self._shutting_down:
             await self._spread_membership()
             now = time.monotonic()
@@ -173,7 +172,8 @@ class Controller:
             )
         return checked
 
-    async def _adopt(self) -> None:
+    async def adopt(self) -> None:
+        """Take over what an earlier controller left, before anybody may ask about it."""
         remembered = await self._launcher.load_wanted()
         if remembered is not None:
             self.wanted |= remembered

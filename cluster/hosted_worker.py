@@ -43,10 +43,12 @@ class HostedWorker:
     async def update_membership(self, membership: Membership) -> None:
         from paceline.worker.core import Peer
 
-        if self._worker is not None:
-            self._worker.update_membership(
-                [Peer(m.worker_id, m.incarnation, m.address) for m in membership.members]
-            )
+        if self._worker is None:
+            return
+        live = {m: Peer(m.worker_id, m.incarnation, m.address) for m in membership.members}
+        reads = self._context.name.role is Role.DECODE
+        sources = [peer for m, peer in live.items() if reads and m.role is Role.PREFILL]
+        self._worker.update_membership(list(live.values()), sources)
 
     async def drain(self) -> None:
         if self._worker is not None:

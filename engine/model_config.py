@@ -267,8 +267,8 @@ def _rope(keys: _Keys, max_position: int) -> RopeConfig:
             )
     if newer and older:
         raise UnsupportedModelError(
-            f"{keys.source} has both rope_parameters and rope_scaling, and it is unclear which holds. "
-            "Remove the one that the model was not trained with."
+            f"{keys.source} has both rope_parameters and rope_scaling, and which holds is "
+            "unclear. Remove the one that the model was not trained with."
         )
     return read_rope(newer or older, theta, max_position)
 

@@ -86,7 +86,8 @@ class KvReader:
             if name not in live_names:
                 link.fail(f"{name} left the deployment")
 
-    def _begin(self, started: KvImport, owner: Peer) -> None:
+    def connect(self, owner: Peer) -> "OwnerLink":
+        """Open the link to an owner, unless there is one."""
         link = self._links.get(owner.name)
         if link is None or link.is_closed:
             link = OwnerLink(
@@ -100,8 +101,11 @@ class KvReader:
                 on_quiet=self._forget_import,
             )
             self._links[owner.name] = link
+        return link
+
+    def _begin(self, started: KvImport, owner: Peer) -> None:
         self._owners[started.key] = owner.name
-        link.add(started)
+        self.connect(owner).add(started)
 
     def _abandon(self, key: AttemptKey) -> None:
         owner = self._owners.get(key)

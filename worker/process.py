@@ -8,7 +8,7 @@ import concurrent.futures
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -187,11 +187,14 @@ class WorkerProcess:
         self._draining = True
         parts.mailbox.post(core.drain)
 
-    def update_membership(self, live: list[Peer]) -> None:
-        """Learn which workers live; what belonged to others is dropped at once."""
+    def update_membership(self, live: Sequence[Peer], sources: Sequence[Peer] = ()) -> None:
+        """Learn which workers live; what belonged to others is dropped at once.
+
+        `sources` are those whose KV this worker will read: it connects to them now, so that no
+        request has to wait for that.
+        """
         self._started()
-        names = {peer.name for peer in live}
-        self._io.call_soon_threadsafe(self._drop_absent, names)
+        self._io.call_soon_threadsafe(self._learn_peers, live, sources)
 
     def check_integrity(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Check every invariant between two steps; raises IntegrityError, or TimeoutError."""
@@ -311,9 +314,12 @@ class WorkerProcess:
         if self._server is not None:
             await self._server.stop(grace=None)
 
-    def _drop_absent(self, live_names: set[str]) -> None:
-        if self._reader is not None:
-            self._reader.drop_absent(live_names)
+    def _learn_peers(self, live: Sequence[Peer], sources: Sequence[Peer]) -> None:
+        if self._reader is None:
+            return
+        self._reader.drop_absent({peer.name for peer in live})
+        for source in sources:
+            self._reader.connect(source)
 
     def _run_on_io(
         self, coroutine: Coroutine[Any, Any, Result], timeout_s: float = STOP_TIMEOUT_S

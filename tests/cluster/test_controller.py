@@ -24,6 +24,7 @@ def make_settings(**parts: object) -> DeploymentSettings:
 
 @contextlib.asynccontextmanager
 async def running(controller: Controller) -> AsyncIterator[None]:
+    await controller.adopt()
     task = asyncio.create_task(controller.run())
     try:
         yield

@@ -38,7 +38,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     reference = Reference(write_tiny_model(path))
     prepare(path, path / "cache")
     runtime = Path(tempfile.mkdtemp(prefix="pl-", dir="/tmp"))
-    os.environ[deployment_record.VARIABLE] = str(runtime)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv(deployment_record.VARIABLE, str(runtime))
     workers = {"num_threads": 1, "num_kv_blocks": 256, "max_num_seqs": 16}
     settings = DeploymentSettings.model_validate(
         {
@@ -58,7 +59,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     assert started.record.ray_folder is not None
     assert ray_head.find_processes(Path(started.record.ray_folder)) == []
     assert list(runtime.glob("*")) == []
-    del os.environ[deployment_record.VARIABLE]
+    monkeypatch.undo()
     shutil.rmtree(runtime, ignore_errors=True)
 
 

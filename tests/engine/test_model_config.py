@@ -85,7 +85,7 @@ def test_key_that_would_change_output_is_refused_by_name(
     ],
 )
 def test_scaling_of_rope_that_is_not_implemented_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedModelError, match="rope|rotary"):
+    with pytest.raises(UnsupportedModelError, match=r"rope|rotary"):
         parse(**changes)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runner_driver import Row, RunnerDriver
 from model_references import VOCAB_SIZE, logits_of, make_model, save_model, write_model
+from runner_driver import Row, RunnerDriver
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-4}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {

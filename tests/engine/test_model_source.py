@@ -1,4 +1,4 @@
-"""model.path: what it may name, the message when it names nothing, and the cache of converted files."""
+"""model.path: what it may name, the message when it names nothing, the cache of conversions."""
 
 import json
 from importlib.util import find_spec

@@ -130,7 +130,8 @@ for line in open("/proc/self/smaps"):
         inside = line.rstrip().endswith("model.safetensors")
     elif inside:
         sizes[words[0]] = sizes.get(words[0], 0) + int(words[1]) if words[1].isdigit() else 0
-print(sum(t.nbytes for t in tensors.values()) // 1024, sizes["Shared_Clean:"], sizes["Private_Dirty:"])
+weights = sum(tensor.nbytes for tensor in tensors.values()) // 1024
+print(weights, sizes["Shared_Clean:"], sizes["Private_Dirty:"])
 """
 
 
@@ -199,7 +200,9 @@ def test_two_ranks_together_compute_what_one_does(
             None,
         )
         with torch.inference_mode():
-            outputs[rank] = LlamaModel(config, load(tmp_path, parallel), parallel).forward(batch, kv)
+            outputs[rank] = LlamaModel(config, load(tmp_path, parallel), parallel).forward(
+                batch, kv
+            )
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:

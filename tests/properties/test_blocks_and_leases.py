@@ -576,19 +576,6 @@ class EvictsParentsFirst(PrefixCache):
         return next(iter(self._probation or self._protected))
 
 
-class ReadsPartialBlocks(ReadPlan):
-    """Reads a block once some of its tokens are final, and never again."""
-
-    def update(
-        self, block_ids_added: Sequence[int], num_tokens: int, complete: bool
-    ) -> list[BlockRead]:
-        rounded = num_blocks_for(num_tokens, self._block_tokens) * self._block_tokens
-        return super().update(block_ids_added, rounded, complete)
-
-    def _check(self, num_added: int, num_tokens: int, complete: bool) -> None:
-        pass
-
-
 def machine(*left_out: str, **bug: object) -> type[BlocksAndLeases]:
     """Build a machine with a bug, without the events that the bug does not need: found in
     seconds."""
@@ -637,10 +624,6 @@ BUGS = {
     "parents evicted first": (
         machine(*CRASHES, *LEASES, "fork", cache_type=EvictsParentsFirst),
         "hangs on a parent",
-    ),
-    "partial block read early": (
-        machine(*CRASHES, *ENDS, *SEQUENCES, "compute_chunk", plan_type=ReadsPartialBlocks),
-        "HELD, but the reader has wrong bytes",
     ),
 }
 

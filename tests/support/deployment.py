@@ -187,10 +187,13 @@ class Deployment:
         members = [
             WorkerMember(w.worker_id, Role(w.role), w.incarnation, w.address) for w in self.workers
         ]
-        live = [(w.worker_id, w.incarnation, w.address) for w in self.workers]
+        live = {w.worker_id: (w.worker_id, w.incarnation, w.address) for w in self.workers}
+        prefill = [live[w.worker_id] for w in self.workers if w.role == "prefill"]
         for worker in self.workers:
             if worker.is_alive:
-                await asyncio.to_thread(worker.ask, "membership", live=live)
+                sources = prefill if worker.role == "decode" else []
+                peers = {"live": list(live.values()), "sources": sources}
+                await asyncio.to_thread(worker.ask, "membership", **peers)
         await self._router.update_membership(self._version, members)
 
 

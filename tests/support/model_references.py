@@ -23,7 +23,7 @@ SHAPE: dict[str, Any] = {
 
 
 def make_model(architecture: str, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
-    """Build a model with weights large enough that a wrong position or block shows in the logits."""
+    """Build a model whose weights are large enough that a wrong position shows in the logits."""
     model_class = getattr(transformers, architecture)
     config = model_class.config_class(**(SHAPE | changes))
     torch.manual_seed(seed)

@@ -44,7 +44,7 @@ def make_paged(
 def plain_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scale: float
 ) -> torch.Tensor:
-    """Attention of the last tokens of a sequence, float32: q [n, heads, d], k and v [t, kv_heads, d]."""
+    """Attention of a sequence's last tokens: q [n, heads, d], k and v [t, kv_heads, d]."""
     group = q.shape[1] // k.shape[1]
     k = k.float().repeat_interleave(group, dim=1)
     v = v.float().repeat_interleave(group, dim=1)

@@ -1,4 +1,4 @@
-"""Drive a model runner with plans made by hand, one sequence a slot, and keep the logits it computed."""
+"""Drive a model runner with plans made by hand, and keep the logits it computed."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -77,7 +77,8 @@ def run(worker: WorkerProcess, command: dict[str, Any]) -> Any:
         case "drain":
             worker.drain()
         case "membership":
-            worker.update_membership([Peer(*peer) for peer in command["live"]])
+            live = [Peer(*peer) for peer in command["live"]]
+            worker.update_membership(live, [Peer(*peer) for peer in command["sources"]])
         case "resources":
             return {
                 "fds": sorted(_open_files()),
