@@ -71,9 +71,9 @@ class HostedWorker:
         num_threads = _num_threads(context)
         # Read when torch is imported, so this has to come first. Ray sets OMP_NUM_THREADS to 1.
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(num_threads)
-        # Threads that spin between two products take the cores of the other workers on a machine:
-        # with two workers on two cores a decode step takes 30 ms so, and 50 to 80 ms otherwise.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # How long OpenMP's threads spin for the next product before they sleep. For ever, they take
+        # the cores of the other workers on a machine; not at all, a lone worker loses a third.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         started = time.monotonic()
         folder = prepare_model(context.settings.model, model_cache_dir(), context.on_progress)
         context.on_step("prepare the model", time.monotonic() - started)

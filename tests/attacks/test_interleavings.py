@@ -99,12 +99,18 @@ class SimWorker:
     core: Core
 
     def __init__(
-        self, world: "World", worker_id: str, role: Role, num_blocks: int, max_num_seqs: int
+        self,
+        world: "World",
+        worker_id: str,
+        role: Role,
+        num_blocks: int,
+        max_num_seqs: int,
+        local_prefill_tokens: int = 0,
     ) -> None:
         self.world = world
         self.peer = Peer(worker_id, 1, worker_id)
         self.member = WorkerMember(worker_id, role, 1, worker_id)
-        self.pool = WorkerPool(num_blocks, BLOCK_TOKENS, 0)
+        self.pool = WorkerPool(num_blocks, BLOCK_TOKENS, local_prefill_tokens)
         self.loop = SimLoop(world)
         self.mailbox = Mailbox()
         self.sessions = RouterSessions(0.25)
@@ -117,7 +123,7 @@ class SimWorker:
             incarnation=1,
             num_blocks=num_blocks,
             block_tokens=BLOCK_TOKENS,
-            local_prefill_tokens=0,
+            local_prefill_tokens=local_prefill_tokens,
             layout_fingerprint=b"layout",
             layout_description="layout",
         )
@@ -183,15 +189,17 @@ class SimPrefill(SimWorker):
 
 
 class SimDecode(SimWorker):
-    def __init__(self, world: "World", worker_id: str, num_blocks: int) -> None:
-        super().__init__(world, worker_id, Role.DECODE, num_blocks, 6)
+    def __init__(
+        self, world: "World", worker_id: str, num_blocks: int, local_prefill_tokens: int
+    ) -> None:
+        super().__init__(world, worker_id, Role.DECODE, num_blocks, 6, local_prefill_tokens)
         scheduler = DecodeScheduler(
             self.allocator,
             self.prefix_cache,
             block_tokens=BLOCK_TOKENS,
             max_num_seqs=6,
             max_num_batched_tokens=16,
-            local_prefill_tokens=0,
+            local_prefill_tokens=local_prefill_tokens,
             watermark_blocks=0,
             promise_ttl_s=PROMISE_TTL_S,
             prefill_age_bound_s=5.0,
@@ -422,7 +430,10 @@ class RouterStream:
 class World:
     """Everything; implements the dispatcher's commands."""
 
-    def __init__(self, seed: int, num_blocks: int) -> None:
+    def __init__(
+        self, seed: int, num_blocks: int, local_prefill_tokens: int, max_tokens: int
+    ) -> None:
+        self.max_tokens = max_tokens
         self.random = random.Random(seed)
         self.now = 100.0
         self.prefills: dict[str, SimPrefill] = {}
@@ -439,7 +450,8 @@ class World:
         SimLink.world = self
         for number in range(2):
             self._add(SimPrefill(self, f"prefill-{number}", num_blocks), self.prefills)
-            self._add(SimDecode(self, f"decode-{number}", num_blocks), self.decodes)
+            decode = SimDecode(self, f"decode-{number}", num_blocks, local_prefill_tokens)
+            self._add(decode, self.decodes)
 
     def _add(self, worker: Any, workers: dict[str, Any]) -> None:
         worker_id = worker.member.worker_id
@@ -473,8 +485,7 @@ class World:
         self.streams[worker_id].dispatch(work, peer)
 
     def admit(self, worker_id: str, work: Work, source: WorkerMember | None) -> None:
-        assert source is not None
-        peer = Peer(source.worker_id, source.incarnation, source.address)
+        peer = None if source is None else Peer(source.worker_id, 1, source.address)
         self.streams[worker_id].dispatch(work, peer)
 
     def cancel(self, worker_id: str, key: AttemptKey, choices: tuple[int, ...]) -> None:
@@ -557,7 +568,7 @@ class World:
             f"q{number}",
             prompt,
             n=pick.choice((1, 1, 2, 3)),
-            max_tokens=pick.choice((1, 2, 6, 12)),
+            max_tokens=pick.choice((1, 2, 6, self.max_tokens)),
             arrived_s=self.now,
         )
         self.requests.append(request)
@@ -619,10 +630,12 @@ async def run_world(
     num_steps: int,
     monkeypatch: Any,
     num_requests: int = 12,
+    local_prefill_tokens: int = 0,
+    max_tokens: int = 12,
 ) -> World:
     monkeypatch.setattr(kv_reader, "OwnerLink", SimLink)
     monkeypatch.setattr(kv_owner, "time", _Clock(lambda: SimLink.world.now))
-    world = World(seed, num_blocks)
+    world = World(seed, num_blocks, local_prefill_tokens, max_tokens)
     for number in range(num_steps):
         if number % (num_steps // num_requests) == 0:
             world.submit(number)
@@ -649,8 +662,25 @@ async def test_no_order_of_messages_gives_a_wrong_token_or_leaves_anything_behin
     await run_world(seed, num_blocks=60, fault_share=0.0, num_steps=2400, monkeypatch=monkeypatch)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 async def test_no_fault_in_any_order_gives_a_wrong_token_or_leaves_anything_behind(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await run_world(seed, num_blocks=40, fault_share=0.03, num_steps=3000, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_faults_in_pools_that_are_too_small_cost_time_only(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are reused at once, and decode workers preempt and compute short contexts alone."""
+    await run_world(
+        seed,
+        num_blocks=14,
+        fault_share=0.04,
+        num_steps=3000,
+        monkeypatch=monkeypatch,
+        num_requests=30,
+        local_prefill_tokens=10 if seed % 2 else 0,
+        max_tokens=28,
+    )
