@@ -68,14 +68,3 @@ class Hosted(Protocol):
 
 
 BuildHosted = Callable[[HostContext], Hosted]
-
-
-def build_hosted(context: HostContext) -> Hosted:
-    """Make the real thing. Imports late: a router must not load torch, a worker no router."""
-    if context.name.role.is_worker:
-        from paceline.cluster.hosted_worker import HostedWorker
-
-        return HostedWorker(context)
-    from paceline.cluster.hosted_router import HostedRouter
-
-    return HostedRouter(context)
