@@ -1,6 +1,6 @@
 """Make what a process hosts: the real worker or router."""
 
-from paceline.cluster.hosted import Hosted, HostContext
+from paceline.cluster.hosted import HostContext, Hosted
 
 
 def build_hosted(context: HostContext) -> Hosted:

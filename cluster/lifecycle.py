@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from paceline.cluster import deployment_record, ray_head
-from paceline.cluster.deployment_record import DeploymentRecord
 from paceline.cluster.build_hosted import build_hosted
+from paceline.cluster.deployment_record import DeploymentRecord
 from paceline.cluster.hosted import BuildHosted
 from paceline.cluster.process_state import ProcessState, Role
 from paceline.cluster.resources import check_capacity
