@@ -1,7 +1,7 @@
 """Compare a running deployment with transformers: `python -m paceline.bench.against_transformers`.
 
-Both are given the same prompts and the same number of threads, one after the other in one run and in
-turn (A B A B …), so that a machine whose speed drifts treats them alike. Reported are
+Both are given the same prompts and the same number of threads, one after the other in one run and
+in turn (A B A B …), so that a machine whose speed drifts treats them alike. Reported are
 
 - one stream: tokens/s of `generate` and of the deployment over gRPC, router and all;
 - several streams at once through the deployment, in all their tokens/s.
@@ -9,9 +9,7 @@ turn (A B A B …), so that a machine whose speed drifts treats them alike. Repo
 
 import argparse
 import asyncio
-import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -123,10 +121,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     options = parser.parse_args()
     result = asyncio.run(compare(options))
-    if options.output is not None:
-        config = {key: value for key, value in vars(options).items() if key != "output"}
-        write_result(options.output, "against_transformers", config, result)
-    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    config = {key: value for key, value in vars(options).items() if key != "output"}
+    write_result(options.output, "against_transformers", config, result)
 
 
 if __name__ == "__main__":

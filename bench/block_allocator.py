@@ -8,19 +8,15 @@ serving.
 
 import argparse
 import gc
-import importlib.metadata
-import json
-import os
-import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from paceline.bench.environment import write_result
 from paceline.engine.block_allocator import BlockAllocator
 from paceline.engine.prefix_cache import PrefixCache
 
@@ -121,17 +117,8 @@ def measure_cache(measurement: Measurement, num_blocks: int, batch: int) -> None
     allocator.check_integrity()
 
 
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def report(num_blocks: int, batch: int, num_rounds: int) -> dict[str, object]:
-    """Run everything and describe where it ran."""
+def measure(num_blocks: int, batch: int, num_rounds: int) -> dict[str, object]:
+    """Run everything, in rounds, so that a slow moment of the machine shows as such."""
     measurement = Measurement()
     gc.collect()
     gc.freeze()  # as a worker does after warm-up
@@ -141,26 +128,8 @@ def report(num_blocks: int, batch: int, num_rounds: int) -> dict[str, object]:
         measure_cache(measurement, num_blocks, batch)
     results = measurement.results()
     suffix = f", {batch} a call"
-    return {
-        "benchmark": "block_allocator",
-        "hardware": {"cpu": _cpu_model(), "num_cpus": os.cpu_count()},
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "paceline": importlib.metadata.version("paceline"),
-        },
-        "config": {
-            "num_blocks": num_blocks,
-            "blocks_per_call": batch,
-            "block_tokens": BLOCK_TOKENS,
-            "num_rounds": num_rounds,
-            "seed": SEED,
-        },
-        "allocate_and_release_ns_per_block": round(
-            results["allocate" + suffix]["best_ns"] + results["release" + suffix]["best_ns"], 1
-        ),
-        "ns_per_block": results,
-    }
+    both = results["allocate" + suffix]["best_ns"] + results["release" + suffix]["best_ns"]
+    return {"allocate_and_release_ns_per_block": round(both, 1), "ns_per_block": results}
 
 
 def main() -> None:
@@ -170,14 +139,16 @@ def main() -> None:
     parser.add_argument("--blocks-per-call", type=int, default=64, help="a context of 1,024 tokens")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, help="file to write; default: standard output")
-    arguments = parser.parse_args()
-    text = json.dumps(
-        report(arguments.num_blocks, arguments.blocks_per_call, arguments.rounds), indent=2
-    )
-    if arguments.output is None:
-        sys.stdout.write(text + "\n")
-    else:
-        arguments.output.write_text(text + "\n")
+    options = parser.parse_args()
+    config = {
+        "num_blocks": options.num_blocks,
+        "blocks_per_call": options.blocks_per_call,
+        "block_tokens": BLOCK_TOKENS,
+        "num_rounds": options.rounds,
+        "seed": SEED,
+    }
+    result = measure(options.num_blocks, options.blocks_per_call, options.rounds)
+    write_result(options.output, "block_allocator", config, result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ versions to --output, or prints it.
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from paceline.bench.environment import describe_environment, write_result
+from paceline.bench.environment import write_result
 from paceline.decode_worker.outcomes import Admitted, DecodeStep
 from paceline.decode_worker.scheduler import DecodeScheduler
 from paceline.engine.block_allocator import BlockAllocator
@@ -82,7 +81,7 @@ class SimulatedWorker:
         answer = self.scheduler.admit(work, SESSION, has_source=True, now=0.0)
         if not isinstance(answer, Admitted):
             raise RuntimeError(answer.message)
-        self.scheduler.imported(key, (FirstToken(0, 1, False),), 0.0)
+        self.scheduler.imported(key, (FirstToken(0, 1),), 0.0)
         self.scheduler.confirmed(key, 0.0)
         self.scheduler.import_ended(key)
 
@@ -167,11 +166,7 @@ def main() -> None:
         "steady": measure_steady(options.sequences, options.steps),
         "churn": measure_churn(options.sequences, options.steps // 4),
     }
-    if options.output is not None:
-        write_result(options.output, "decode_scheduler", config, result)
-    else:
-        document = {"environment": describe_environment(), "config": config, "result": result}
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    write_result(options.output, "decode_scheduler", config, result)
 
 
 if __name__ == "__main__":

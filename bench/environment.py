@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,16 +27,20 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def write_result(path: Path, benchmark: str, config: dict[str, Any], result: Any) -> None:
-    """Write one result with everything needed to read it a year later."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_result(path: Path | None, benchmark: str, config: dict[str, Any], result: Any) -> None:
+    """Write one result with everything needed to read it a year later; None: standard output."""
     document = {
         "benchmark": benchmark,
         "environment": describe_environment(),
         "config": config,
         "result": result,
     }
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    text = json.dumps(document, indent=2) + "\n"
+    if path is None:
+        sys.stdout.write(text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def _cpu_model() -> str:

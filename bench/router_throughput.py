@@ -12,7 +12,6 @@ model; and this one, the client. Reported are
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import tempfile
 import time
@@ -26,10 +25,11 @@ import numpy as np
 import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from paceline.bench.environment import describe_environment, write_result
+from paceline.bench.environment import write_result
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
+from paceline.router.capacity import UNLIMITED_LOCAL_PREFILL
 from paceline.router.model import ServedModel
-from paceline.router.placement import UNLIMITED_LOCAL_PREFILL, Role, WorkerMember
+from paceline.router.placement import Role, WorkerMember
 from paceline.router.server import Router
 from paceline.router.settings import RouterSettings
 from paceline.v1 import inference_pb2, inference_pb2_grpc
@@ -38,6 +38,7 @@ from paceline.wire import pack_uint32
 VOCAB_SIZE = 256
 PROMPT_TOKENS = 64
 NUM_BLOCKS = 1 << 20
+MAX_NUM_SEQS = 1 << 16
 MAX_MODEL_LEN = 1 << 16
 
 
@@ -59,6 +60,7 @@ class InstantWorker(worker_pb2_grpc.WorkerServiceServicer):
             incarnation=hello.worker_incarnation,
             num_blocks=NUM_BLOCKS,
             block_tokens=16,
+            max_num_seqs=MAX_NUM_SEQS,
             local_prefill_tokens=UNLIMITED_LOCAL_PREFILL,
             load=self._load(),
         )
@@ -124,7 +126,7 @@ class InstantWorker(worker_pb2_grpc.WorkerServiceServicer):
     def _load(self) -> worker_pb2.Load:
         return worker_pb2.Load(
             credit_blocks=NUM_BLOCKS,
-            credit_requests=1 << 16,
+            credit_sequences=MAX_NUM_SEQS,
             num_dispatches_seen=self._num_seen,
             num_running=len(self._streams),
             num_free_blocks=NUM_BLOCKS,
@@ -315,11 +317,7 @@ def main() -> None:
         **measure(options.step_ms / 1e3, *sizes),
         **measure(0.0, *sizes),
     }
-    if options.output is not None:
-        write_result(options.output, "router_throughput", config, result)
-    else:
-        report = {**describe_environment(), "config": config, "result": result}
-        print(json.dumps(report, indent=2))  # noqa: T201  # the command's output
+    write_result(options.output, "router_throughput", config, result)
 
 
 if __name__ == "__main__":

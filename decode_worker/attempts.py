@@ -6,10 +6,10 @@ from enum import Enum
 
 from paceline.engine.chunking import PrefillProgress
 from paceline.engine.prefix_cache import ChainPosition
-from paceline.engine.step_plan import Int32Array, TopLogprobs
+from paceline.engine.step_plan import Int32Array
 from paceline.engine.stop_conditions import StopConditions
 from paceline.errors import IntegrityError
-from paceline.request import FinishReason, Work
+from paceline.request import FinishReason, TopLogprobs, Work
 
 
 class AttemptState(Enum):

@@ -79,10 +79,6 @@ class Departures:
             self._allocator.release(departure.block_ids)
             self._free_slots.extend(departure.slots)
 
-    def forbid_caching(self) -> None:
-        """What waits here was written by a step that failed."""
-        self._waiting = deque(departure._replace(attempt=None) for departure in self._waiting)
-
     def _cache(self, departure: Departure, attempt: Attempt) -> None:
         size = self._block_tokens
         tokens = self._tables.tokens[departure.slots[0]]

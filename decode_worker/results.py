@@ -10,8 +10,8 @@ from paceline.decode_worker.batch import Rows, RunningBatch
 from paceline.decode_worker.outbox import Outbox
 from paceline.decode_worker.planning import UnappliedStep
 from paceline.decode_worker.roster import Roster
-from paceline.engine.step_plan import Int32Array, StepResult, TopLogprobs
-from paceline.request import FinishReason
+from paceline.engine.step_plan import Int32Array, StepResult
+from paceline.request import FinishReason, TopLogprobs
 from paceline.worker.step_output import StepOutput
 
 Uint8Array = npt.NDArray[np.uint8]

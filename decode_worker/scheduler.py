@@ -11,7 +11,6 @@ from paceline.decode_worker.admission import (
     num_blocks_to_commit,
     num_promised_beyond_context,
     reason_never_to_admit,
-    share_by_demand,
 )
 from paceline.decode_worker.attempts import Attempt, AttemptState, OutputToken, SequenceState
 from paceline.decode_worker.outbox import Outbox
@@ -25,8 +24,9 @@ from paceline.engine.step_plan import StepPlan, StepResult
 from paceline.engine.stop_conditions import StopConditions
 from paceline.errors import IntegrityError
 from paceline.kv_transfer.lease import FirstToken
-from paceline.request import AttemptKey, FailureReason, FinishReason, Work, num_blocks_for
+from paceline.request import AttemptKey, FailureReason, Work, num_blocks_for
 from paceline.worker.core import LoadReport
+from paceline.worker.credit import share_by_demand
 
 
 class DecodeScheduler:
@@ -131,10 +131,8 @@ class DecodeScheduler:
                 message = f"prefill gave no first token for choice {sequence.choice}"
                 self._roster.fail([sequence], FailureReason.LEASE_LOST, message, now)
                 continue
-            reason = attempt.stop_conditions.reason_to_finish(first.token_id, index)
-            if first.finished and reason is None:
-                reason = FinishReason.LENGTH
-            token = OutputToken(sequence.stream_id, index, first.token_id, reason, None)
+            reason = first.finish_reason
+            token = OutputToken(sequence.stream_id, index, first.token_id, reason, first.logprobs)
             attempt.held_back.append(token)
             if reason is None:
                 sequence.first_token = first.token_id
@@ -241,32 +239,21 @@ class DecodeScheduler:
         if len(self._roster.departures):
             self._roster.departures.settle(self._roster.last_applied_step)
 
-    def step_failed(self, message: str, now: float) -> None:
-        """The runner lost the unapplied steps: fail (INTERNAL) whatever they may have written."""
-        for attempt in list(self._roster.attempts.values()):
-            if attempt.running_s is not None:
-                sequences = attempt.open_sequences()
-                self._roster.fail(sequences, FailureReason.INTERNAL, message, now)
-        self._unapplied.clear()
-        self._roster.departures.forbid_caching()
-        self._roster.last_applied_step = self._roster.last_planned_step
-        self.tidy()
-
     # What is seen from outside.
 
     def load(self, session: int, num_sessions: int) -> LoadReport:
         """Say what a router may send now."""
         roster = self._roster
         num_all, num_own = len(roster.attempts), roster.num_attempts_of(session)
-        credit_blocks = credit_requests = 0
+        credit_blocks = credit_sequences = 0
         if not self._is_draining:
             num_free = self._num_blocks_to_commit()
             credit_blocks = share_by_demand(num_free, num_own, num_all, num_sessions)
             num_free = len(roster.free_slots)
-            credit_requests = share_by_demand(num_free, num_own, num_all, num_sessions)
+            credit_sequences = share_by_demand(num_free, num_own, num_all, num_sessions)
         return LoadReport(
             credit_blocks=credit_blocks,
-            credit_requests=credit_requests,
+            credit_sequences=credit_sequences,
             num_running=roster.batch.num_rows,
             num_pending_tokens=self._planner.num_pending_tokens,
             num_free_blocks=max(roster.budget.num_spare, 0),

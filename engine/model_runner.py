@@ -8,8 +8,9 @@ import torch
 
 from paceline.engine.kv_pool import KvPool
 from paceline.engine.step_batch import StepBatch, make_step_batch
-from paceline.engine.step_plan import Int32Array, SlotStart, StepPlan, StepResult, TopLogprobs
+from paceline.engine.step_plan import Int32Array, SlotStart, StepPlan, StepResult
 from paceline.kernels.block_copy import block_copy
+from paceline.request import TopLogprobs
 
 
 class StepModel(Protocol):

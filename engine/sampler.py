@@ -20,7 +20,7 @@ import torch
 
 from paceline.engine.random_stream import RandomStreams
 from paceline.engine.seen_tokens import SeenTokens
-from paceline.engine.step_plan import Int32Array, SlotStart, TopLogprobs
+from paceline.engine.step_plan import Int32Array, SlotStart
 from paceline.errors import ConfigError, IntegrityError
 from paceline.kernels.sampling import (
     MAX_VOCAB_SIZE,
@@ -29,6 +29,7 @@ from paceline.kernels.sampling import (
     gumbel_race,
     lowest_kept,
 )
+from paceline.request import TopLogprobs
 from paceline.sampling_params import SamplingParams
 
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)

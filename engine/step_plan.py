@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from paceline.request import TopLogprobs
 from paceline.sampling_params import SamplingParams
 
 Int32Array = npt.NDArray[np.int32]
@@ -76,16 +77,6 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return int(self.num_new_tokens.sum())
-
-
-class TopLogprobs(NamedTuple):
-    """Log-probabilities of one sample, of the unmodified logits."""
-
-    logprob: float
-    """Of the sampled token."""
-    token_ids: tuple[int, ...]
-    """The most likely tokens, most likely first."""
-    logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -25,7 +25,7 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 from paceline.errors import IntegrityError
-from paceline.request import AttemptKey
+from paceline.request import AttemptKey, FinishReason, TopLogprobs
 
 
 class LeaseState(Enum):
@@ -63,8 +63,10 @@ class FirstToken(NamedTuple):
 
     choice: int
     token_id: int
-    finished: bool
-    """The choice ended with it."""
+    finish_reason: FinishReason | None = None
+    """Why the choice ended with it; None: decode goes on from it."""
+    logprobs: TopLogprobs | None = None
+    """If the request asked."""
 
 
 @dataclass(frozen=True, slots=True)

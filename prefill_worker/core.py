@@ -14,6 +14,7 @@ from paceline.prefill_worker.outcomes import PrefillDone, Refused
 from paceline.prefill_worker.scheduler import PrefillScheduler
 from paceline.request import AttemptKey, FailureReason, Span, Work
 from paceline.worker.core import LoadReport, Peer, RouterPort
+from paceline.worker.credit import share_by_demand
 from paceline.worker.step_output import StepOutput
 
 
@@ -24,6 +25,8 @@ class _Attempt:
     session: int
     work: Work
     lease: Lease
+    wanted: set[int]
+    """Choices that nobody has cancelled."""
 
 
 class PrefillCore:
@@ -70,7 +73,7 @@ class PrefillCore:
             return
         lease = self._leases.grant(work.key, peer.name, now, work.choices)
         self._leases.extend(lease, accepted.block_ids)
-        self._attempts[work.key] = _Attempt(session, work, lease)
+        self._attempts[work.key] = _Attempt(session, work, lease, set(work.choices))
         if accepted.cached_tokens:
             self._leases.publish(lease, Progress(accepted.cached_tokens, None))
         self.notify_changed(lease)
@@ -80,11 +83,11 @@ class PrefillCore:
         attempt = self._attempts.get(key)
         if attempt is None:
             return
-        if choices and not set(choices).issuperset(attempt.work.choices):
-            if self._scheduler.cancel(key, choices):
-                self._end(key, "every choice was cancelled", now)
-            return
-        self._end(key, "the router cancelled the attempt", now)
+        attempt.wanted.difference_update(choices or attempt.work.choices)
+        if attempt.wanted:
+            self._scheduler.cancel(key, choices)
+        else:
+            self._end(key, "the router cancelled the attempt", now)
 
     def end_session(self, session: int, now: float) -> None:
         for key, attempt in list(self._attempts.items()):
@@ -105,7 +108,7 @@ class PrefillCore:
 
     def tick(self, now: float) -> None:
         for lease in self._leases.settle():
-            self._attempts.pop(lease.key, None)
+            self._forget(lease)
         for lease in self._leases.expire(now):
             self._fail(lease, now)
 
@@ -127,10 +130,16 @@ class PrefillCore:
 
     def load(self, session: int, num_sessions: int) -> LoadReport:
         load = self._scheduler.load()
-        share = max(num_sessions, 1)
+        num_own = sum(attempt.session == session for attempt in self._attempts.values())
+
+        def share(total: int) -> int:
+            if self._draining:
+                return 0
+            return share_by_demand(total, num_own, len(self._attempts), num_sessions)
+
         return LoadReport(
-            credit_blocks=0 if self._draining else load.credit_blocks // share,
-            credit_requests=0 if self._draining else -(-load.credit_sequences // share),
+            credit_blocks=share(load.credit_blocks),
+            credit_sequences=share(load.credit_sequences),
             num_running=load.num_running,
             num_pending_tokens=load.num_pending_tokens,
             num_free_blocks=load.credit_blocks,
@@ -164,15 +173,12 @@ class PrefillCore:
         self._failpoints.hit("chunk")
         attempt = self._attempts[done.key]
         first_tokens = tuple(
-            FirstToken(sample.choice, sample.token_id, sample.finish_reason is not None)
+            FirstToken(sample.choice, sample.token_id, sample.finish_reason, sample.logprobs)
             for sample in done.first_samples
         )
-        if all(token.finished for token in first_tokens):
-            # Nothing is left for the decode worker to do.
-            self._leases.revoke(attempt.lease, "every choice ended with its first token", now)
-            del self._attempts[done.key]
-        else:
-            self._leases.publish(attempt.lease, Progress(done.num_tokens, first_tokens))
+        # Also when every choice has ended with its first token: whichever worker the router hears
+        # first, it hears the end, and its cancellation gives the lease back.
+        self._leases.publish(attempt.lease, Progress(done.num_tokens, first_tokens))
         self._scheduler.release(done.key)
         self.notify_changed(attempt.lease)
         self._failpoints.hit("published")
@@ -190,7 +196,7 @@ class PrefillCore:
 
     def _fail(self, lease: Lease, now: float) -> None:
         """A lease was lost. While the prompt is still computed, the router has to hear of it."""
-        attempt = self._attempts.pop(lease.key, None)
+        attempt = self._forget(lease)
         if attempt is None:
             return
         self.notify_changed(lease)
@@ -198,6 +204,13 @@ class PrefillCore:
             self._routers.send_failure(
                 attempt.session, attempt.work.stream_ids, FailureReason.LEASE_LOST, lease.reason
             )
+
+    def _forget(self, lease: Lease) -> _Attempt | None:
+        """Drop the attempt of a lease that is over, unless the key has a newer lease by now."""
+        attempt = self._attempts.get(lease.key)
+        if attempt is None or attempt.lease is not lease:
+            return None
+        return self._attempts.pop(lease.key)
 
     def _end(self, key: AttemptKey, reason: str, now: float) -> None:
         """Nobody wants the attempt any more."""

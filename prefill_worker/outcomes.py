@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Generic, NamedTuple
 
-from paceline.engine.step_plan import TopLogprobs
 from paceline.prefill_worker.prompt import ChunkTime, SessionT
-from paceline.request import AttemptKey, FinishReason
+from paceline.request import AttemptKey, FinishReason, TopLogprobs
 
 
 class Accepted(NamedTuple):

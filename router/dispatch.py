@@ -8,13 +8,10 @@ and so are dropped.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from paceline.errors import (
     DeadlineExceededError,
-    FieldViolation,
-    InvalidRequestError,
     PacelineError,
     RequestFailedError,
 )
@@ -22,8 +19,14 @@ from paceline.request import AttemptKey, FailureReason, FinishReason, Span, Work
 from paceline.router.active_request import ActiveRequest, WaitingWork
 from paceline.router.attempt import Attempt, AttemptEvent, AttemptState
 from paceline.router.journal import ChoiceJournal, Logprobs
-from paceline.router.placement import Need, Pair, Placement, WorkerLoad, WorkerMember, WorkerView
+from paceline.router.placement import Pair, Placement, WorkerLoad, WorkerMember, WorkerView
 from paceline.router.queue import WaitingQueue
+from paceline.router.request_size import (
+    fix_max_tokens,
+    need_of,
+    too_large,
+    too_large_to_go_on,
+)
 from paceline.router.settings import RouterSettings
 
 logger = logging.getLogger(__name__)
@@ -80,7 +83,7 @@ class Dispatcher:
 
     def submit(self, request: ActiveRequest, now: float) -> None:
         """Take a new request; raises QueueFullError, or InvalidRequestError if it fits no pool."""
-        error = self._too_large(request)
+        error = too_large(request, self.placement.pools)
         if error is not None:
             raise error
         choices = tuple(range(len(request.journal.choices)))
@@ -181,7 +184,7 @@ class Dispatcher:
         streams = self._streams
         logprobs = columns.logprobs
         touched: dict[ActiveRequest, None] = {}
-        stopped: list[_Stream] = []
+        ended: list[_Stream] = []
         position = -1
         for stream_id, index, token_id in zip(
             columns.stream_ids, columns.indices, columns.token_ids, strict=True
@@ -196,7 +199,7 @@ class Dispatcher:
                 request.num_setbacks = 0
             extra = None if logprobs is None else logprobs.get(position)
             if choice.add(index, token_id, extra):
-                stopped.append(stream)
+                ended.append(stream)
             touched[request] = None
         for stream_id, reason in columns.finished:
             stream = streams.get(stream_id)
@@ -204,7 +207,7 @@ class Dispatcher:
                 stream.choice.end(reason)
                 self._drop_finished(stream, skip=worker_id)
                 touched[stream.request] = None
-        for stream in stopped:
+        for stream in ended:
             self._drop_finished(stream, skip=None)
         for request in touched:
             if request.first_token_s is None:
@@ -247,20 +250,20 @@ class Dispatcher:
 
     def dispatch(self, now: float) -> None:
         """Send waiting work as far as the workers have room, in the order of the queue."""
+        pools = self.placement.pools
         while (work := self.queue.head(now)) is not None:
             request = work.request
-            need = self._need(work)
+            need = need_of(work, pools)
             pair = self.placement.find(need)
             if pair is None:
-                error = None if request.num_attempts else self._too_large(request)
+                error = too_large_to_go_on(work, pools)
                 if error is None:
                     return
                 self._fail(request, error, now)
                 continue
             self.queue.pop(now)
             request.waiting.remove(work)
-            if request.max_tokens_is_default and not request.num_attempts:
-                self._limit_output(request)
+            fix_max_tokens(request, pools)
             self.placement.dispatch(pair, need)
             self._send(work, pair, now)
 
@@ -405,30 +408,10 @@ class Dispatcher:
         del self.requests[request.wire_id]
         request.listener()
 
-    def _need(self, work: WaitingWork) -> Need:
-        journal = work.request.journal
-        num_output = len(journal.choices[work.choices[0]].output)
-        return Need(len(journal.prompt) + num_output, len(work.choices), work.preempted)
-
     def _backoff_s(self, request: ActiveRequest) -> float:
         doublings = min(request.num_setbacks - 1, 16)
         wait_s = self._settings.retry_backoff_s * 2.0**doublings
         return min(wait_s, self._settings.max_retry_backoff_s)
-
-    def _too_large(self, request: ActiveRequest) -> InvalidRequestError | None:
-        journal = request.journal
-        max_tokens = 1 if request.max_tokens_is_default else journal.sampling.max_tokens or 1
-        why = self.placement.why_too_large(len(journal.prompt), len(journal.choices), max_tokens)
-        return None if why is None else InvalidRequestError(FieldViolation("prompt", why))
-
-    def _limit_output(self, request: ActiveRequest) -> None:
-        """Lower a max_tokens that the client left open to what the largest pool can hold."""
-        journal = request.journal
-        room = self.placement.max_decode_tokens()
-        if room is not None and journal.sampling.max_tokens is not None:
-            fitting = max(1, room - len(journal.prompt))
-            if fitting < journal.sampling.max_tokens:
-                journal.sampling = replace(journal.sampling, max_tokens=fitting)
 
     def _too_many_deaths(self, request: ActiveRequest) -> RequestFailedError:
         names = ", ".join(sorted(worker_id for worker_id, _ in request.deaths))

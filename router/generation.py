@@ -27,6 +27,7 @@ from paceline.router.active_request import ActiveRequest
 from paceline.router.chat_template import ChatMessage
 from paceline.router.dispatch import Dispatcher
 from paceline.router.journal import ChoiceDelta, RequestJournal, Text
+from paceline.router.message_size import MAX_WORK_TOKENS
 from paceline.router.model import ServedModel
 from paceline.router.settings import RouterSettings
 from paceline.router.text_stream import TextStream
@@ -287,7 +288,8 @@ class Generations:
         sampling = call.sampling
         no_limit = sampling.max_tokens is None
         if no_limit:
-            sampling = replace(sampling, max_tokens=self.model.max_model_len - len(prompt))
+            longest = min(self.model.max_model_len, MAX_WORK_TOKENS + 1)
+            sampling = replace(sampling, max_tokens=longest - len(prompt))
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(64))
         silent = set(sampling.stop_token_ids)

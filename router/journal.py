@@ -73,8 +73,8 @@ class ChoiceJournal:
         self._end: tuple[int, FinishReason] | None = None
 
     def add(self, index: int, token_id: int, logprobs: Logprobs | None = None) -> bool:
-        """Take a token of the current attempt; say whether a stop string has ended the choice
-        now."""
+        """Take a token of the current attempt; say whether the choice has ended with it: by a stop
+        string, or because it closed the gap before the last token."""
         if self.finish_reason is not None:
             return False
         next_index = len(self.output)
@@ -88,7 +88,7 @@ class ChoiceJournal:
             if early is None:
                 break
             self._keep(*early)
-        return self.finish_reason is FinishReason.STOP and self._end is None
+        return self.finish_reason is not None
 
     def end(self, reason: FinishReason) -> None:
         """Note that the worker ended the choice with the last token that it has sent.
@@ -154,6 +154,13 @@ class RequestJournal:
             ChoiceJournal(choice, text, wants_logprobs=wants_logprobs)
             for choice, text in enumerate(texts)
         ]
+
+    @property
+    def max_tokens(self) -> int:
+        """Output tokens a choice at most."""
+        limit = self.sampling.max_tokens
+        assert limit is not None, "the router fills it in before it makes a journal"
+        return limit
 
     @property
     def is_finished(self) -> bool:

@@ -8,14 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from paceline.request import num_blocks_for, num_blocks_promised
-
-UNLIMITED_LOCAL_PREFILL = 2**32 - 1
-"""`Welcome.local_prefill_tokens` of a worker that computes prompts of any length itself."""
-
-PREEMPTION_GROWTH_BLOCKS = 4
-"""Growth blocks a choice that a preempted request needs to come back, so that it is not preempted
-again at once; others need one."""
+from paceline.router.capacity import UNLIMITED_LOCAL_PREFILL, KnownPools, Need, WorkerPool
 
 
 class Role(Enum):
@@ -41,7 +34,7 @@ class WorkerLoad:
     """What a worker can still take, by its own last word."""
 
     credit_blocks: int = 0
-    credit_requests: int = 0
+    credit_sequences: int = 0
     num_dispatches_seen: int = 0
     """Dispatches of this stream that the credit has counted."""
     num_running: int = 0
@@ -50,18 +43,10 @@ class WorkerLoad:
     draining: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerPool:
-    """What does not change while a worker lives."""
-
-    num_blocks: int
-    block_tokens: int
-    local_prefill_tokens: int = 0
-
-
 class _Uncounted(NamedTuple):
     number: int
     num_blocks: int
+    num_sequences: int
     num_tokens: int
 
 
@@ -85,46 +70,32 @@ class WorkerView:
         return self.load.credit_blocks - sum(entry.num_blocks for entry in self._uncounted)
 
     @property
-    def credit_requests(self) -> int:
-        return self.load.credit_requests - len(self._uncounted)
+    def credit_sequences(self) -> int:
+        return self.load.credit_sequences - sum(e.num_sequences for e in self._uncounted)
 
     @property
     def num_pending_tokens(self) -> int:
         return self.load.num_pending_tokens + sum(entry.num_tokens for entry in self._uncounted)
 
-    def can_take(self, num_blocks: int) -> bool:
+    def can_take(self, num_blocks: int, num_sequences: int) -> bool:
         return (
-            not self.load.draining and self.credit_requests > 0 and self.credit_blocks >= num_blocks
+            not self.load.draining
+            and self.credit_sequences >= num_sequences
+            and self.credit_blocks >= num_blocks
         )
 
-    def dispatch(self, num_blocks: int, num_tokens: int) -> None:
+    def dispatch(self, num_blocks: int, num_sequences: int, num_tokens: int) -> None:
         """Count a dispatch that is sent now."""
         self.num_dispatched += 1
-        self._uncounted.append(_Uncounted(self.num_dispatched, num_blocks, num_tokens))
+        self._uncounted.append(
+            _Uncounted(self.num_dispatched, num_blocks, num_sequences, num_tokens)
+        )
 
     def update(self, load: WorkerLoad) -> None:
         """Take a newer Load; dispatches that it has counted no longer reduce its credit."""
         self.load = load
         while self._uncounted and self._uncounted[0].number <= load.num_dispatches_seen:
             self._uncounted.popleft()
-
-
-class Need(NamedTuple):
-    """What a piece of work needs to start."""
-
-    num_tokens: int
-    """Prompt and output so far"""
-    num_choices: int
-    preempted: bool = False
-
-    def decode_blocks(self, block_tokens: int) -> int:
-        """Blocks that a decode worker promises: the context and room to grow."""
-        promised = num_blocks_promised(self.num_tokens, self.num_choices, block_tokens)
-        extra = (PREEMPTION_GROWTH_BLOCKS - 1) * self.num_choices if self.preempted else 0
-        return promised + extra
-
-    def prefill_blocks(self, block_tokens: int) -> int:
-        return num_blocks_for(self.num_tokens, block_tokens)
 
 
 class Pair(NamedTuple):
@@ -139,16 +110,20 @@ class Placement:
 
     def __init__(self) -> None:
         self.workers: dict[str, WorkerView] = {}
-        self._largest: dict[Role, WorkerPool] = {}
+        self.pools = KnownPools()
 
     def add(self, worker: WorkerView) -> None:
         self.workers[worker.worker_id] = worker
-        largest = self._largest.get(worker.member.role)
-        if largest is None or worker.pool.num_blocks > largest.num_blocks:
-            self._largest[worker.member.role] = worker.pool
+        is_prefill = worker.member.role is Role.PREFILL
+        known = self.pools.prefill if is_prefill else self.pools.decode
+        known[worker.worker_id] = worker.pool
 
     def remove(self, worker_id: str) -> WorkerView | None:
-        return self.workers.pop(worker_id, None)
+        """Take a worker out; one that was draining is not expected to come back."""
+        worker = self.workers.pop(worker_id, None)
+        if worker is not None and worker.load.draining:
+            self.pools.forget(worker_id)
+        return worker
 
     def of_role(self, role: Role) -> list[WorkerView]:
         return [worker for worker in self.workers.values() if worker.member.role is role]
@@ -167,7 +142,8 @@ class Placement:
         decoders = [
             worker
             for worker in self.of_role(Role.DECODE)
-            if worker.can_take(self._decode_blocks(need, worker))
+            if worker.pool.could_decode(need)
+            and worker.can_take(_decode_blocks(need, worker.pool), need.num_choices)
         ]
         if not decoders:
             return None
@@ -175,7 +151,11 @@ class Placement:
         local = [worker for worker in decoders if _computes_alone(worker, need, prefillers)]
         if local:
             return Pair(None, max(local, key=_room))
-        able = [w for w in prefillers if w.can_take(need.prefill_blocks(w.pool.block_tokens))]
+        able = [
+            worker
+            for worker in prefillers
+            if worker.can_take(need.prefill_blocks(worker.pool.block_tokens), need.num_choices)
+        ]
         if not able:
             return None
         prefill = min(able, key=lambda worker: (worker.num_pending_tokens, -worker.credit_blocks))
@@ -185,69 +165,27 @@ class Placement:
         """Count work that is sent to the pair now against their credit."""
         decode = pair.decode
         pending = need.num_tokens if pair.prefill is None else 0
-        decode.dispatch(self._decode_blocks(need, decode), pending)
+        decode.dispatch(_decode_blocks(need, decode.pool), need.num_choices, pending)
         if pair.prefill is not None:
             blocks = need.prefill_blocks(pair.prefill.pool.block_tokens)
-            pair.prefill.dispatch(blocks, need.num_tokens)
-
-    def why_too_large(
-        self, num_prompt_tokens: int, num_choices: int, max_tokens: int
-    ) -> str | None:
-        """Say why no pool seen so far could ever run a request; None when one can or none is
-        known."""
-        decode = self._largest.get(Role.DECODE)
-        if decode is not None:
-            # All choices must fit at their start, and each alone when it resumes before its last
-            # token.
-            first = Need(num_prompt_tokens, num_choices)
-            last = Need(num_prompt_tokens + max_tokens - 1, 1)
-            blocks = max(
-                first.decode_blocks(decode.block_tokens), last.decode_blocks(decode.block_tokens)
-            )
-            if blocks > decode.num_blocks:
-                return (
-                    f"{num_prompt_tokens} prompt and up to {max_tokens} output tokens of "
-                    f"{num_choices} choice(s) need {blocks} KV blocks of {decode.block_tokens} "
-                    f"tokens, and the largest decode worker has {decode.num_blocks}; shorten the "
-                    "prompt, lower max_tokens or n, or raise decode.num_kv_blocks"
-                )
-        prefill = self._largest.get(Role.PREFILL)
-        if prefill is not None and (
-            decode is None or decode.local_prefill_tokens < num_prompt_tokens
-        ):
-            blocks = num_blocks_for(num_prompt_tokens, prefill.block_tokens)
-            if blocks > prefill.num_blocks:
-                return (
-                    f"{num_prompt_tokens} prompt tokens need {blocks} KV blocks of "
-                    f"{prefill.block_tokens} tokens, and the largest prefill worker has "
-                    f"{prefill.num_blocks}; shorten the prompt or raise prefill.num_kv_blocks"
-                )
-        return None
-
-    def max_decode_tokens(self) -> int | None:
-        """Tokens of a sequence that the largest decode pool can hold beside a growth block.
-
-        None while no pool is known.
-        """
-        decode = self._largest.get(Role.DECODE)
-        return None if decode is None else (decode.num_blocks - 1) * decode.block_tokens
-
-    def _decode_blocks(self, need: Need, worker: WorkerView) -> int:
-        # A pool too small for the growth that a preempted request wants takes it all the same when
-        # it is empty; otherwise that request would wait for ever.
-        return min(need.decode_blocks(worker.pool.block_tokens), _most(need, worker.pool))
+            pair.prefill.dispatch(blocks, need.num_choices, need.num_tokens)
 
 
-def _most(need: Need, pool: WorkerPool) -> int:
-    bare = Need(need.num_tokens, need.num_choices).decode_blocks(pool.block_tokens)
-    return max(bare, pool.num_blocks)
+def _decode_blocks(need: Need, pool: WorkerPool) -> int:
+    # A pool too small for the growth that a preempted request wants takes it all the same when it
+    # is empty; otherwise that request would wait for ever.
+    return min(need.decode_blocks(pool.block_tokens), pool.num_blocks)
 
 
 def _computes_alone(worker: WorkerView, need: Need, prefillers: list[WorkerView]) -> bool:
-    limit = worker.pool.local_prefill_tokens
-    if limit == UNLIMITED_LOCAL_PREFILL:
-        return not any(not prefiller.load.draining for prefiller in prefillers)
-    return need.num_tokens <= limit
+    """Whether a decode worker with room should compute the context itself."""
+    if worker.pool.local_prefill_tokens == UNLIMITED_LOCAL_PREFILL:
+        # Beside prefill workers it is left to them, but for what is too large for each of them.
+        return not any(
+            not prefiller.load.draining and prefiller.pool.could_prefill(need)
+            for prefiller in prefillers
+        )
+    return worker.pool.computes_alone(need)
 
 
 def _room(worker: WorkerView) -> tuple[int, int]:

@@ -4,9 +4,11 @@ import math
 from collections.abc import Iterator, Sequence
 
 from paceline.errors import FieldViolation, ModelNotFoundError
+from paceline.router.message_size import MAX_WORK_TOKENS
 from paceline.router.model import ServedModel
 from paceline.router.settings import RouterSettings
 from paceline.sampling_params import SamplingParams
+from paceline.wire import MAX_MESSAGE_BYTES
 
 MAX_REQUEST_ID_CHARS = 128
 
@@ -75,4 +77,12 @@ def prompt_violations(
             f"{num_tokens} prompt tokens and max_tokens {sampling.max_tokens} are "
             f"{num_tokens + sampling.max_tokens} together, and model.max_model_len is {limit}; "
             f"lower max_tokens to at most {limit - num_tokens}, or leave it out",
+        )
+    num_resumable = num_tokens + (sampling.max_tokens or 1) - 1
+    if num_resumable > MAX_WORK_TOKENS:
+        yield FieldViolation(
+            field,
+            f"prompt and output may be {num_resumable} tokens, and the messages of "
+            f"{MAX_MESSAGE_BYTES} bytes that workers accept carry at most {MAX_WORK_TOKENS}; "
+            "shorten the prompt or lower max_tokens",
         )

@@ -16,20 +16,25 @@ import grpc
 from paceline.errors import InvalidRequestError, UnavailableError
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
 from paceline.request import AttemptKey, FinishReason
+from paceline.router.capacity import WorkerPool
 from paceline.router.dispatch import Dispatcher, TokenColumns
 from paceline.router.journal import Logprobs
-from paceline.router.placement import WorkerLoad, WorkerMember, WorkerPool, WorkerView
+from paceline.router.placement import WorkerLoad, WorkerMember, WorkerView
 from paceline.router.settings import RouterSettings
-from paceline.wire import failure_reason_from_proto, span_from_proto, step_columns_from_proto
+from paceline.wire import (
+    MAX_MESSAGE_BYTES,
+    failure_reason_from_proto,
+    span_from_proto,
+    step_columns_from_proto,
+)
 
 logger = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S = 0.05
-_MAX_MESSAGE_BYTES = 64 << 20
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
 _CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Workers of other incarnations may use the same address: never share their connections.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
@@ -147,11 +152,18 @@ class WorkerLink:
                 f"{welcome.incarnation}, "
                 f"but {self.member.worker_id} of incarnation {self.member.incarnation} was meant"
             )
+        if not welcome.max_num_seqs:
+            raise UnavailableError("Welcome lacks max_num_seqs: the worker is of another version")
         return welcome
 
     async def _serve(self, session: Session, welcome: worker_pb2.Welcome) -> None:
         worker_id = self.member.worker_id
-        pool = WorkerPool(welcome.num_blocks, welcome.block_tokens, welcome.local_prefill_tokens)
+        pool = WorkerPool(
+            welcome.num_blocks,
+            welcome.block_tokens,
+            welcome.max_num_seqs,
+            welcome.local_prefill_tokens,
+        )
         self._outgoing.clear()
         self.last_error = None
         writer = asyncio.create_task(self._write(session), name=f"writer to {worker_id}")
@@ -263,7 +275,7 @@ def _columns(step: worker_pb2.StepReport) -> TokenColumns:
 def _load(load: worker_pb2.Load) -> WorkerLoad:
     return WorkerLoad(
         load.credit_blocks,
-        load.credit_requests,
+        load.credit_sequences,
         load.num_dispatches_seen,
         load.num_running,
         load.num_pending_tokens,

@@ -97,3 +97,8 @@ def test_all_violations_are_named_at_once() -> None:
 def test_only_temperature_zero_is_greedy() -> None:
     assert SamplingParams(temperature=0.0).is_greedy
     assert not SamplingParams(temperature=1e-9).is_greedy
+
+
+def test_a_stop_string_without_end_is_a_violation() -> None:
+    (violation,) = SamplingParams(stop=("x" * 1025,)).violations(100)
+    assert violation == ("stop[0]", "has 1025 characters, at most 1024 are allowed")

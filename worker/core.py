@@ -24,7 +24,7 @@ class LoadReport(NamedTuple):
     """What the worker can still take from one router; see `Load` in worker.proto."""
 
     credit_blocks: int
-    credit_requests: int
+    credit_sequences: int
     num_running: int
     num_pending_tokens: int
     num_free_blocks: int

@@ -13,6 +13,7 @@ class WorkerIdentity:
     """Grows with every start of the same worker_id; never reused."""
     num_blocks: int
     block_tokens: int
+    max_num_seqs: int
     local_prefill_tokens: int
     """Longest uncached context that this worker computes itself; 0: none."""
     layout_fingerprint: bytes

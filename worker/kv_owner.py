@@ -17,6 +17,7 @@ from paceline.kv_transfer.lease import Lease, LeaseState, LeaseTable
 from paceline.kv_transfer.transport import OwnerPeer, Transport
 from paceline.request import AttemptKey
 from paceline.wire import pack_uint32
+from paceline.worker.first_token import first_token_to_proto
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.mailbox import Mailbox
 from paceline.worker.outgoing import Outgoing
@@ -197,10 +198,7 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
             lease_id=lease.lease_id,
             block_ids=pack_uint32(block_ids),
             num_tokens=progress.num_tokens,
-            first_tokens=[
-                kv_pb2.FirstToken(choice=t.choice, token_id=t.token_id, finished=t.finished)
-                for t in progress.first_tokens or ()
-            ],
+            first_tokens=map(first_token_to_proto, progress.first_tokens or ()),
         )
         told.num_blocks_sent += len(block_ids)
         told.num_tokens_sent = progress.num_tokens

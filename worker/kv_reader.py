@@ -11,12 +11,12 @@ import grpc
 from paceline.errors import PacelineError
 from paceline.failpoints import Failpoints
 from paceline.internal.v1 import kv_pb2, kv_pb2_grpc
-from paceline.kv_transfer.lease import FirstToken
 from paceline.kv_transfer.read_plan import ReadPlan
 from paceline.kv_transfer.transport import Connection, ReadOutcome, Transport
 from paceline.request import AttemptKey
 from paceline.wire import unpack_uint32
 from paceline.worker.core import Peer
+from paceline.worker.first_token import first_token_from_proto
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.kv_import import ImportListener, ImportState, KvImport, LeaseNews, Read
 from paceline.worker.outgoing import Outgoing
@@ -262,10 +262,7 @@ class OwnerLink:
             lease_id=update.lease_id,
             block_ids=unpack_uint32(update.block_ids).tolist(),
             num_tokens=update.num_tokens,
-            first_tokens=tuple(
-                FirstToken(choice=t.choice, token_id=t.token_id, finished=t.finished)
-                for t in update.first_tokens
-            ),
+            first_tokens=tuple(first_token_from_proto(message) for message in update.first_tokens),
         )
         read = found.take_news(news)
         if read is not None:

@@ -28,6 +28,7 @@ from paceline.kv_transfer.pool_memory import PoolMemory
 from paceline.kv_transfer.select import build_transport
 from paceline.kv_transfer.settings import KvSettings
 from paceline.kv_transfer.transport import LocalPool, Transport
+from paceline.wire import MAX_MESSAGE_BYTES
 from paceline.worker.core import Core, LoadReport, Peer
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.kv_import import ImportListener
@@ -44,6 +45,13 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 0.25
 """How often an idle worker tells its load."""
 STOP_TIMEOUT_S = 10.0
+SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Finds routers and readers whose machine is gone, so that they hold no credit and no lease.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+)
 Result = TypeVar("Result")
 
 
@@ -256,6 +264,7 @@ class WorkerProcess:
             incarnation=spec.incarnation,
             num_blocks=engine.num_blocks,
             block_tokens=spec.kv.block_tokens,
+            max_num_seqs=self._settings.max_num_seqs,
             local_prefill_tokens=self._kind.local_prefill_tokens,
             layout_fingerprint=fingerprint,
             layout_description=engine.layout.describe(),
@@ -301,7 +310,7 @@ class WorkerProcess:
         servicer = WorkerServicer(
             parts.identity, wired.core, parts.sessions, parts.mailbox, parts.failpoints
         )
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, self._server)
         kv_pb2_grpc.add_KvServiceServicer_to_server(owner, self._server)
         port = self._server.add_insecure_port(f"{self.spec.host}:0")

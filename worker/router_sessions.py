@@ -4,8 +4,7 @@ from collections.abc import Iterable
 
 from paceline.internal.v1 import worker_pb2 as wire_messages
 from paceline.request import AttemptKey, FailureReason, Span
-from paceline.v1 import inference_pb2
-from paceline.wire import pack_uint32, span_to_proto
+from paceline.wire import pack_uint32, span_to_proto, top_logprobs_to_proto
 from paceline.worker.core import Core, LoadReport
 from paceline.worker.outgoing import Outgoing
 from paceline.worker.step_output import StepOutput
@@ -138,17 +137,14 @@ def _logprobs(output: StepOutput) -> Iterable[wire_messages.TokenLogprobs]:
         yield wire_messages.TokenLogprobs(
             position=position,
             logprob=logprobs.logprob,
-            top=[
-                inference_pb2.TokenLogprob(token_id=token, logprob=logprob)
-                for token, logprob in zip(logprobs.token_ids, logprobs.logprobs, strict=True)
-            ],
+            top=top_logprobs_to_proto(logprobs),
         )
 
 
 def load_message(load: LoadReport, num_dispatches_seen: int) -> wire_messages.Load:
     return wire_messages.Load(
         credit_blocks=load.credit_blocks,
-        credit_requests=load.credit_requests,
+        credit_sequences=load.credit_sequences,
         num_dispatches_seen=num_dispatches_seen,
         num_running=load.num_running,
         num_pending_tokens=load.num_pending_tokens,

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from paceline.errors import PacelineError
 from paceline.failpoints import Failpoints
 from paceline.internal.v1 import worker_pb2 as wire_messages
 from paceline.internal.v1 import worker_pb2_grpc
@@ -15,7 +16,7 @@ from paceline.worker.core import Core, Peer
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.mailbox import Mailbox
 from paceline.worker.outgoing import Outgoing
-from paceline.worker.router_sessions import RouterSessions, load_message
+from paceline.worker.router_sessions import RouterSessions, SessionStream, load_message
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
@@ -58,7 +59,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             )
             return
         number = next(self._numbers)
-        stream: Outgoing[wire_messages.SessionResponse] = Outgoing()
+        stream: SessionStream = Outgoing()
         self._mailbox.post(lambda now: self._open(number, stream))
         receiving = asyncio.create_task(self._receive(number, request_iterator, stream))
         try:
@@ -69,7 +70,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             stream.close()
             self._mailbox.post(lambda now: self._end(number, now))
 
-    def _open(self, number: int, stream: Outgoing[wire_messages.SessionResponse]) -> None:
+    def _open(self, number: int, stream: SessionStream) -> None:
         self._sessions.open(number, stream)
         load = self._core.load(number, len(self._sessions))
         welcome = wire_messages.Welcome(
@@ -78,6 +79,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             num_blocks=self._identity.num_blocks,
             block_tokens=self._identity.block_tokens,
             local_prefill_tokens=self._identity.local_prefill_tokens,
+            max_num_seqs=self._identity.max_num_seqs,
             load=load_message(load, 0),
         )
         stream.send(wire_messages.SessionResponse(welcome=welcome))
@@ -90,29 +92,46 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self,
         number: int,
         requests: AsyncIterator[wire_messages.SessionRequest],
-        stream: Outgoing[wire_messages.SessionResponse],
+        stream: SessionStream,
     ) -> None:
         try:
             async for request in requests:
-                self._take(number, request)
+                self._take(number, request, stream)
         finally:
             stream.close()
 
-    def _take(self, number: int, request: wire_messages.SessionRequest) -> None:
+    def _take(
+        self, number: int, request: wire_messages.SessionRequest, stream: SessionStream
+    ) -> None:
         kind = request.WhichOneof("message")
         if kind == "prefill":
-            self._dispatch(number, request.prefill.work, _peer(request.prefill.reader))
+            self._dispatch(number, request.prefill.work, _peer(request.prefill.reader), stream)
         elif kind == "admit":
             has_source = request.admit.HasField("source")
             source = _peer(request.admit.source) if has_source else None
-            self._dispatch(number, request.admit.work, source)
+            self._dispatch(number, request.admit.work, source, stream)
         elif kind == "cancel":
             key = AttemptKey(request.cancel.request_id, request.cancel.attempt)
             choices = tuple(request.cancel.choices)
             self._mailbox.post(lambda now: self._core.cancel(number, key, choices, now))
 
-    def _dispatch(self, number: int, message: wire_messages.Work, peer: Peer | None) -> None:
-        work = work_from_proto(message)
+    def _dispatch(
+        self,
+        number: int,
+        message: wire_messages.Work,
+        peer: Peer | None,
+        stream: SessionStream,
+    ) -> None:
+        try:
+            work = work_from_proto(message)
+        except PacelineError as error:
+            # Refused alone: the session carries other requests.
+            refusal = wire_messages.Admission(
+                request_id=message.request_id, attempt=message.attempt, message=str(error)
+            )
+            stream.send(wire_messages.SessionResponse(admission=refusal))
+            self._mailbox.post(lambda now: self._sessions.count_dispatch(number))
+            return
         self._failpoints.hit("queued")
 
         def call(now: float) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from paceline.engine.step_plan import TopLogprobs
+from paceline.request import TopLogprobs
 
 Uint32Array = npt.NDArray[np.uint32]
 EMPTY = np.empty(0, dtype=np.uint32)

@@ -21,6 +21,16 @@ class FinishReason(Enum):
     """max_tokens or the model's length."""
 
 
+class TopLogprobs(NamedTuple):
+    """Log-probabilities of one sample, of the unmodified logits."""
+
+    logprob: float
+    """Of the sampled token."""
+    token_ids: tuple[int, ...]
+    """The most likely tokens, most likely first."""
+    logprobs: tuple[float, ...]
+
+
 class FailureReason(Enum):
     """Why a worker gave an attempt back. The values are those of the wire (`FailureReason`)."""
 

@@ -11,6 +11,7 @@ MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 64
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
 MAX_LOGIT_BIAS = 1024
 
 
@@ -88,6 +89,8 @@ class SamplingParams:
         yield from _too_many("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
         yield from _too_many("stop", len(self.stop), MAX_STOP_STRINGS)
         yield from _too_many("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
+        for number, stop in enumerate(self.stop):
+            yield from _too_many(f"stop[{number}]", len(stop), MAX_STOP_CHARACTERS, "characters")
         if "" in self.stop:
             yield FieldViolation("stop", "an empty string would stop at once")
         for name, ids in (
@@ -109,6 +112,6 @@ def _out_of_range(
     yield FieldViolation(name, f"must be between {low} and {high}, got {value}")
 
 
-def _too_many(name: str, count: int, limit: int) -> Iterator[FieldViolation]:
+def _too_many(name: str, count: int, limit: int, what: str = "entries") -> Iterator[FieldViolation]:
     if count > limit:
-        yield FieldViolation(name, f"has {count} entries, at most {limit} are allowed")
+        yield FieldViolation(name, f"has {count} {what}, at most {limit} are allowed")

@@ -6,6 +6,7 @@ has crossed it once stays as it is, so every worker computes with the same param
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from paceline.request import (
     PhaseTimes,
     Span,
     TokenIds,
+    TopLogprobs,
     Work,
 )
 from paceline.sampling_params import SamplingParams
@@ -28,6 +30,9 @@ from paceline.v1 import inference_pb2
 Uint32Array = npt.NDArray[np.uint32]
 
 MAX_TOKEN_ID = 2**31 - 1
+
+MAX_MESSAGE_BYTES = 64 << 20
+"""What routers and workers accept from each other."""
 
 _DEFAULTS = SamplingParams()
 
@@ -87,7 +92,8 @@ def work_to_proto(work: Work) -> worker_pb2.Work:
         stream_ids=work.stream_ids,
         prompt_token_ids=work.prompt.tolist(),
         output_token_ids=work.output.tolist(),
-        sampling=sampling_to_proto(work.sampling),
+        # Stop strings are the router's: workers know no text.
+        sampling=sampling_to_proto(replace(work.sampling, stop=())),
         tenant=work.tenant,
     )
 
@@ -212,6 +218,23 @@ def failure_reason_from_proto(value: worker_pb2.FailureReason.ValueType) -> Fail
     """Read a failure reason; one that this version does not know is INTERNAL."""
     known = {reason.value: reason for reason in FailureReason}
     return known.get(value, FailureReason.INTERNAL)
+
+
+def top_logprobs_to_proto(logprobs: TopLogprobs) -> list[inference_pb2.TokenLogprob]:
+    """Write the most likely tokens; the sampled one's log-probability has a field of its own."""
+    return [
+        inference_pb2.TokenLogprob(token_id=token_id, logprob=logprob)
+        for token_id, logprob in zip(logprobs.token_ids, logprobs.logprobs, strict=True)
+    ]
+
+
+def top_logprobs_from_proto(
+    logprob: float, top: Iterable[inference_pb2.TokenLogprob]
+) -> TopLogprobs:
+    pairs = [(entry.token_id, entry.logprob) for entry in top]
+    return TopLogprobs(
+        logprob, tuple(token_id for token_id, _ in pairs), tuple(value for _, value in pairs)
+    )
 
 
 def span_to_proto(span: Span) -> inference_pb2.Span:

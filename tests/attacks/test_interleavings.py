@@ -51,6 +51,7 @@ EOS = 5
 VOCAB = 40
 LEASE_TTL_S = 5.0
 PROMISE_TTL_S = 20.0
+GARBAGE = np.uint64(0xDEAD)
 
 
 class SimLoop:
@@ -110,7 +111,7 @@ class SimWorker:
         self.world = world
         self.peer = Peer(worker_id, 1, worker_id)
         self.member = WorkerMember(worker_id, role, 1, worker_id)
-        self.pool = WorkerPool(num_blocks, BLOCK_TOKENS, local_prefill_tokens)
+        self.pool = WorkerPool(num_blocks, BLOCK_TOKENS, max_num_seqs, local_prefill_tokens)
         self.loop = SimLoop(world)
         self.mailbox = Mailbox()
         self.sessions = RouterSessions(0.25)
@@ -123,6 +124,7 @@ class SimWorker:
             incarnation=1,
             num_blocks=num_blocks,
             block_tokens=BLOCK_TOKENS,
+            max_num_seqs=max_num_seqs,
             local_prefill_tokens=local_prefill_tokens,
             layout_fingerprint=b"layout",
             layout_description="layout",
@@ -137,6 +139,8 @@ class SimWorker:
             self.core.apply(self.runner.launch(plan).result(), now)
         self.sessions.report(self.core, now)
         self.core.check_integrity()
+        # Whoever still reads a block that has been freed shall notice.
+        self.runner.pool[self.allocator._free] = GARBAGE
 
     def check_cache(self) -> None:
         """Every cached block holds the KV of its tokens, after those of its parents."""
@@ -394,13 +398,17 @@ class RouterStream:
             if self.is_broken:
                 moves.append(self._end_at_worker)
             elif self.to_worker:
-                moves.append(lambda: self.to_worker.popleft()())
+                moves.append(self._deliver_to_worker)
         if not self.router_saw_end:
             if self.is_broken:
                 moves.append(self._end_at_router)
             elif self.to_router._waiting:
                 moves.append(self._deliver_to_router)
         return moves
+
+    def _deliver_to_worker(self) -> None:
+        deliver = self.to_worker.popleft()
+        deliver()
 
     def _end_at_worker(self) -> None:
         """As in `WorkerServicer._end`."""
@@ -531,7 +539,7 @@ class World:
 
     def fault(self) -> None:
         kind = self.random.choice(
-            ("kv", "router", "read", "expire", "cancel", "beat", "beat", "absent", "owner only")
+            ("kv", "router", "read", "expire", "cancel", "beat", "beat", "absent")
         )
         open_kv = [stream for stream in self.kv_streams if not stream.is_broken]
         if kind == "kv" and open_kv:
@@ -655,21 +663,21 @@ class _Clock:
         self.monotonic = monotonic
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 async def test_no_order_of_messages_gives_a_wrong_token_or_leaves_anything_behind(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await run_world(seed, num_blocks=60, fault_share=0.0, num_steps=2400, monkeypatch=monkeypatch)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 async def test_no_fault_in_any_order_gives_a_wrong_token_or_leaves_anything_behind(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await run_world(seed, num_blocks=40, fault_share=0.03, num_steps=3000, monkeypatch=monkeypatch)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 async def test_faults_in_pools_that_are_too_small_cost_time_only(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

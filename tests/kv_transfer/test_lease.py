@@ -22,7 +22,7 @@ from paceline.request import AttemptKey
 
 READER = "decode-0.7"
 KEY = AttemptKey("r1", 1)
-COMPLETE = Progress(8, (FirstToken(0, 42, False),))
+COMPLETE = Progress(8, (FirstToken(0, 42),))
 
 
 class CountedPins:

@@ -50,7 +50,7 @@ TTL_S = 5.0
 RETENTION_S = 60.0
 TEXTS = ("0000000000000", "0000111100001", "1111000011110")
 """Contexts are prefixes of these, so that many begin alike."""
-FIRST_TOKENS = (FirstToken(0, 1, False),)
+FIRST_TOKENS = (FirstToken(0, 1),)
 
 Slots = npt.NDArray[np.uint64]
 

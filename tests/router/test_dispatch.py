@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from fake_worker import arithmetic_oracle, expected_output
+from fake_worker import BLOCK_TOKENS, arithmetic_oracle, expected_output
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from router_requests import make_active_request
@@ -15,8 +15,10 @@ from paceline.errors import (
     QueueFullError,
     RequestFailedError,
 )
-from paceline.request import FailureReason
+from paceline.request import FailureReason, FinishReason
 from paceline.router.active_request import ActiveRequest
+from paceline.router.capacity import UNLIMITED_LOCAL_PREFILL
+from paceline.router.dispatch import TokenColumns
 from paceline.router.placement import Role
 from paceline.router.settings import RouterSettings
 
@@ -232,9 +234,116 @@ def test_default_max_tokens_is_lowered_to_what_the_pool_holds_and_an_explicit_on
     open_ended = make_active_request(max_tokens=500)
     open_ended.max_tokens_is_default = True
     cluster.dispatcher.submit(open_ended, 0.0)
-    assert open_ended.journal.sampling.max_tokens == 2 * 16 - 3
+    assert open_ended.journal.sampling.max_tokens == 2 * 16 - 3 + 1  # the last token needs no KV
     with pytest.raises(InvalidRequestError, match="largest decode worker has 3"):
         cluster.dispatcher.submit(make_active_request("b", max_tokens=500), 0.0)
+
+
+def test_default_max_tokens_is_lowered_to_what_a_prefill_worker_could_resume() -> None:
+    cluster = SimulatedCluster(ORACLE)
+    cluster.join("prefill-0", Role.PREFILL, 0.0, num_blocks=2)
+    cluster.join("decode-0", Role.DECODE, 0.0, num_blocks=64)
+    open_ended = make_active_request(max_tokens=500)
+    open_ended.max_tokens_is_default = True
+    cluster.dispatcher.submit(open_ended, 0.0)
+    assert open_ended.journal.sampling.max_tokens == 2 * 16 - 3 + 1
+    now = cluster.run(0.0, 20)
+    for _ in range(2):  # also with its last token but one
+        assert not open_ended.is_done
+        cluster.workers["decode-0"].fail(0, FailureReason.PREEMPTED)
+        now = cluster.run(now, 9)
+    cluster.run(now, 5)
+    assert_complete(open_ended)
+
+
+def test_request_that_no_prefill_worker_could_resume_is_refused_with_the_setting() -> None:
+    cluster = SimulatedCluster(ORACLE)
+    cluster.join("prefill-0", Role.PREFILL, 0.0, num_blocks=2)
+    cluster.join("decode-0", Role.DECODE, 0.0, num_blocks=64)
+    fits = make_active_request("fits", range(BLOCK_TOKENS), max_tokens=BLOCK_TOKENS + 1)
+    cluster.dispatcher.submit(fits, 0.0)
+    long = make_active_request("long", range(BLOCK_TOKENS), max_tokens=BLOCK_TOKENS + 2)
+    with pytest.raises(InvalidRequestError) as caught:
+        cluster.dispatcher.submit(long, 0.0)
+    [violation] = caught.value.violations
+    assert violation.field == "sampling.max_tokens"
+    assert "for 16 prompt tokens and max_tokens 18, 33 tokens" in violation.description
+    assert "need 3 KV blocks" in violation.description
+    assert "largest prefill worker has 2" in violation.description
+    assert "raise prefill.num_kv_blocks" in violation.description
+
+
+def test_request_with_more_choices_than_any_worker_runs_is_refused_with_the_setting() -> None:
+    cluster = SimulatedCluster(ORACLE)
+    cluster.join("prefill-0", Role.PREFILL, 0.0, max_num_seqs=30)
+    cluster.join("decode-0", Role.DECODE, 0.0, num_blocks=1000)
+    with pytest.raises(
+        InvalidRequestError, match=r"runs at most 8.*decode\.max_num_seqs"
+    ) as caught:
+        cluster.dispatcher.submit(make_active_request("wide", n=9), 0.0)
+    assert caught.value.violations[0].field == "sampling.n"
+    widest = make_active_request("widest", n=8)
+    cluster.dispatcher.submit(widest, 0.0)
+    cluster.run(0.0, 12)
+    assert_complete(widest)
+
+
+def grow_then_shrink_prefill(local_prefill_tokens: int) -> tuple[SimulatedCluster, ActiveRequest]:
+    """Let a request outgrow the prefill worker that comes after the one it began with."""
+    cluster = SimulatedCluster(ORACLE)
+    cluster.join("prefill-0", Role.PREFILL, 0.0, num_blocks=8)
+    cluster.join("decode-0", Role.DECODE, 0.0, local_prefill_tokens=local_prefill_tokens)
+    long = make_active_request("long", range(BLOCK_TOKENS), max_tokens=4 * BLOCK_TOKENS)
+    cluster.dispatcher.submit(long, 0.0)
+    now = cluster.run(0.0, 2 * BLOCK_TOKENS)
+    cluster.kill("prefill-0", now)
+    cluster.join("prefill-0", Role.PREFILL, now, num_blocks=2)
+    assert not long.is_done
+    cluster.workers["decode-0"].fail(0, FailureReason.PREEMPTED)
+    now = cluster.run(now + 1.0, 3)
+    short = make_active_request("short", max_tokens=2)
+    cluster.dispatcher.submit(short, now)
+    cluster.run(now, 100)
+    assert_complete(short)
+    assert_nothing_left(cluster)
+    return cluster, long
+
+
+def test_choice_that_has_outgrown_every_prefill_worker_fails_and_blocks_nobody() -> None:
+    _, long = grow_then_shrink_prefill(local_prefill_tokens=0)
+    assert isinstance(long.error, RequestFailedError)
+    assert "after 1 attempt(s)" in str(long.error)
+    assert "largest prefill worker has 2" in str(long.error)
+    assert "prefill.num_kv_blocks" in str(long.error)
+
+
+def test_choice_that_has_outgrown_every_prefill_worker_goes_on_at_a_decode_worker_that_may() -> (
+    None
+):
+    cluster, long = grow_then_shrink_prefill(local_prefill_tokens=UNLIMITED_LOCAL_PREFILL)
+    assert_complete(long)
+    resumed = [worker_id for worker_id, work in cluster.sent if work.key.attempt == 2]
+    assert resumed == ["decode-0"]
+
+
+def test_choice_whose_last_token_fills_a_gap_ends_its_request() -> None:
+    cluster = make_cluster()
+    request = make_active_request(max_tokens=2)
+    cluster.dispatcher.submit(request, 0.0)
+    worker = cluster.workers["decode-0"]
+    worker.inbox.popleft()()
+    while worker.outbox:
+        worker.outbox.popleft()(0.0)
+    [stream] = cluster.sent[0][1].stream_ids
+    # The decode worker's report of index 1, its end included, overtakes the one of index 0.
+    last = TokenColumns([stream], [1], [8], [(stream, FinishReason.LENGTH)])
+    cluster.dispatcher.tokens("decode-0", last, 1.0)
+    assert not request.is_done
+    cluster.dispatcher.tokens("prefill-0", TokenColumns([stream], [0], [7]), 1.0)
+    assert request.journal.choices[0].output == [7, 8]
+    assert request.is_done
+    assert request.error is None
+    assert not cluster.dispatcher._attempts
 
 
 def test_stop_string_cancels_its_choice_at_the_workers() -> None:

@@ -63,7 +63,7 @@ def test_choice_ends_only_when_the_tokens_before_its_last_have_come() -> None:
     choice.add(2, 12)
     choice.end(FinishReason.LENGTH)
     assert choice.finish_reason is None
-    choice.add(1, 11)
+    assert choice.add(1, 11), "the end is reported with the token that closes the gap"
     assert choice.finish_reason is FinishReason.LENGTH
     delta = choice.take()
     assert delta is not None
@@ -97,6 +97,25 @@ def test_logprobs_stay_with_their_tokens() -> None:
     delta = choice.take()
     assert delta is not None
     assert [entry and entry.logprob for entry in delta.logprobs] == [-0.5, -1.0]
+
+
+@given(st.permutations([(source, index) for source in range(2) for index in range(3)]))
+def test_every_token_has_its_own_logprobs_whichever_worker_reports_it_first(
+    arrivals: list[tuple[int, int]],
+) -> None:
+    """Both workers report first tokens, each with log-probabilities."""
+    choice = make_choice(wants_logprobs=True)
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    for source, index in arrivals:
+        choice.add(index, OUTPUT[index], Logprobs(-index - source / 10, ()))
+        delta = choice.take()
+        if delta is not None:
+            tokens += delta.token_ids
+            logprobs += [entry.logprob for entry in delta.logprobs if entry is not None]
+    assert tokens == OUTPUT[:3]
+    first = [next(source for source, i in arrivals if i == index) for index in range(3)]
+    assert logprobs == [-index - source / 10 for index, source in enumerate(first)]
 
 
 def test_request_is_finished_when_every_choice_is() -> None:

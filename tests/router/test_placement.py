@@ -1,13 +1,8 @@
-from paceline.router.placement import (
-    UNLIMITED_LOCAL_PREFILL,
-    Need,
-    Placement,
-    Role,
-    WorkerLoad,
-    WorkerMember,
-    WorkerPool,
-    WorkerView,
-)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paceline.router.capacity import UNLIMITED_LOCAL_PREFILL, Need, WorkerPool
+from paceline.router.placement import Placement, Role, WorkerLoad, WorkerMember, WorkerView
 
 
 def make_worker(
@@ -16,18 +11,19 @@ def make_worker(
     *,
     num_blocks: int = 100,
     credit_blocks: int | None = None,
-    credit_requests: int = 10,
+    credit_sequences: int | None = None,
+    max_num_seqs: int = 10,
     local_prefill_tokens: int = 0,
     num_pending_tokens: int = 0,
     draining: bool = False,
 ) -> WorkerView:
     load = WorkerLoad(
         num_blocks if credit_blocks is None else credit_blocks,
-        credit_requests,
+        max_num_seqs if credit_sequences is None else credit_sequences,
         num_pending_tokens=num_pending_tokens,
         draining=draining,
     )
-    pool = WorkerPool(num_blocks, 16, local_prefill_tokens)
+    pool = WorkerPool(num_blocks, 16, max_num_seqs, local_prefill_tokens)
     return WorkerView(WorkerMember(worker_id, role, 1, "127.0.0.1:1"), pool, load)
 
 
@@ -64,14 +60,36 @@ def test_dispatches_reduce_credit_until_the_worker_has_counted_them() -> None:
     placement.dispatch(pair, need)
     assert worker.credit_blocks == 9
     assert placement.find(need) is None
-    worker.update(WorkerLoad(credit_blocks=9, credit_requests=9, num_dispatches_seen=1))
+    worker.update(WorkerLoad(credit_blocks=9, credit_sequences=9, num_dispatches_seen=1))
     assert worker.credit_blocks == 9
-    worker.update(WorkerLoad(credit_blocks=20, credit_requests=10, num_dispatches_seen=1))
+    worker.update(WorkerLoad(credit_blocks=20, credit_sequences=10, num_dispatches_seen=1))
     assert placement.find(need) is not None
 
 
-def test_no_credit_for_requests_means_no_place() -> None:
-    assert ids(make_placement(make_worker("d0", credit_requests=0)), Need(1, 1)) is None
+def test_work_is_not_sent_to_a_worker_with_fewer_free_sequences_than_it_has_choices() -> None:
+    """It would be refused, wait out a backoff, and let narrower work take the slots meanwhile."""
+    for role in Role:
+        narrow = {role: 3}
+        placement = make_placement(
+            *(
+                make_worker(r.value, r, credit_sequences=narrow.get(r, 10))
+                for r in (Role.PREFILL, Role.DECODE)
+            )
+        )
+        assert ids(placement, Need(5, 3)) == ("prefill", "decode")
+        assert ids(placement, Need(5, 4)) is None
+
+
+def test_each_choice_of_a_dispatch_reduces_the_credit_by_a_sequence() -> None:
+    prefill, decode = make_worker("p0", Role.PREFILL), make_worker("d0")
+    placement = make_placement(prefill, decode)
+    pair = placement.find(Need(5, 4))
+    assert pair is not None
+    placement.dispatch(pair, Need(5, 4))
+    assert (prefill.credit_sequences, decode.credit_sequences) == (6, 6)
+    assert ids(placement, Need(5, 7)) is None
+    decode.update(WorkerLoad(credit_blocks=90, credit_sequences=6, num_dispatches_seen=1))
+    assert decode.credit_sequences == 6
 
 
 def test_draining_workers_get_no_new_work() -> None:
@@ -105,34 +123,81 @@ def test_preempted_work_as_large_as_the_pool_takes_it_when_it_is_empty() -> None
     assert ids(placement, Need(63, 1, preempted=True)) == (None, "d0")
 
 
-def test_request_larger_than_every_pool_is_named_with_the_numbers() -> None:
-    placement = make_placement(make_worker("d0", num_blocks=10), make_worker("d1", num_blocks=20))
-    why = placement.why_too_large(320, 1, 1)
-    assert why is not None
-    assert "need 21 KV blocks" in why
-    assert "largest decode worker has 20" in why
-    assert "decode.num_kv_blocks" in why
-    assert placement.why_too_large(150, 1, 100) is None
+def test_prompts_too_large_for_every_prefill_worker_are_computed_by_a_decode_worker_that_may() -> (
+    None
+):
+    prefill = make_worker("p0", Role.PREFILL, num_blocks=4)
+    may = make_worker("d0", local_prefill_tokens=UNLIMITED_LOCAL_PREFILL)
+    assert ids(make_placement(prefill, may), Need(64, 1)) == ("p0", "d0")
+    assert ids(make_placement(prefill, may), Need(65, 1)) == (None, "d0")
+    assert ids(make_placement(prefill, make_worker("d0")), Need(65, 1)) is None
 
 
-def test_prompt_larger_than_every_prefill_pool_is_named_with_the_numbers() -> None:
-    placement = make_placement(
-        make_worker("p0", Role.PREFILL, num_blocks=4), make_worker("d0", num_blocks=100)
-    )
-    why = placement.why_too_large(100, 1, 1)
-    assert why is not None
-    assert "largest prefill worker has 4" in why
+def test_work_is_not_sent_to_a_decode_worker_that_cannot_hold_its_last_token() -> None:
+    """Such a worker refuses it, however empty it is."""
+    prefill = make_worker("p0", Role.PREFILL)
+    small = make_worker("d0", num_blocks=10)
+    large = make_worker("d1", num_blocks=20, credit_blocks=9)
+    assert ids(make_placement(prefill, small, large), Need(16, 1, 144)) == ("p0", "d0")
+    assert ids(make_placement(prefill, small, large), Need(16, 1, 145)) == ("p0", "d1")
 
 
-def test_nothing_is_too_large_while_no_pool_is_known() -> None:
-    assert make_placement().why_too_large(10**6, 1, 1) is None
-
-
-def test_size_of_pools_is_remembered_when_a_worker_dies() -> None:
+def test_size_of_pools_is_remembered_when_a_worker_dies_until_its_replacement_comes() -> None:
     placement = make_placement(make_worker("d0", num_blocks=100))
     placement.remove("d0")
     placement.add(make_worker("d1", num_blocks=10))
-    assert placement.why_too_large(500, 1, 1) is None
+    assert placement.pools.why_too_large(Need(500, 1)) is None
+    placement.add(make_worker("d0", num_blocks=10))
+    assert placement.pools.why_too_large(Need(500, 1)) is not None
+
+
+def test_size_of_a_worker_that_was_drained_is_forgotten_when_it_goes() -> None:
+    placement = make_placement(
+        make_worker("d0", num_blocks=100, draining=True), make_worker("d1", num_blocks=10)
+    )
+    assert placement.pools.why_too_large(Need(500, 1)) is None
+    placement.remove("d0")
+    assert placement.pools.why_too_large(Need(500, 1)) is not None
+
+
+@st.composite
+def workers(draw: st.DrawFn, role: Role) -> list[WorkerView]:
+    def worker(number: int) -> WorkerView:
+        local = st.sampled_from([0, 20, UNLIMITED_LOCAL_PREFILL])
+        return make_worker(
+            f"{role.value}-{number}",
+            role,
+            num_blocks=draw(st.integers(2, 8)),
+            max_num_seqs=draw(st.integers(1, 4)),
+            local_prefill_tokens=draw(local) if role is Role.DECODE else 0,
+        )
+
+    return [worker(number) for number in range(draw(st.integers(1, 3)))]
+
+
+@given(
+    workers(Role.PREFILL),
+    workers(Role.DECODE),
+    st.builds(Need, st.integers(1, 140), st.integers(1, 5), st.integers(0, 40), st.booleans()),
+)
+def test_work_either_finds_a_place_among_empty_workers_or_is_too_large(
+    prefillers: list[WorkerView], decoders: list[WorkerView], need: Need
+) -> None:
+    """Otherwise it would wait for ever, and everything behind it too."""
+    placement = make_placement(*prefillers, *decoders)
+    has_place = placement.find(need) is not None
+    assert has_place == (placement.pools.why_too_large(need) is None)
+
+
+@given(workers(Role.PREFILL), workers(Role.DECODE))
+def test_longest_context_can_be_resumed_and_a_longer_one_cannot(
+    prefillers: list[WorkerView], decoders: list[WorkerView]
+) -> None:
+    pools = make_placement(*prefillers, *decoders).pools
+    longest = pools.max_context_tokens()
+    assert longest is not None
+    assert pools.why_too_large(Need(longest, 1)) is None
+    assert pools.why_too_large(Need(longest + 1, 1)) is not None
 
 
 def test_deployment_can_serve_only_when_prompts_can_be_computed_and_decoded() -> None:

@@ -11,8 +11,9 @@ from tiny_tokenizer import EOS_ID, byte_ids
 
 from paceline.errors import ConfigError
 from paceline.request import FailureReason
+from paceline.router.capacity import UNLIMITED_LOCAL_PREFILL
 from paceline.router.model import ServedModel
-from paceline.router.placement import UNLIMITED_LOCAL_PREFILL, Role
+from paceline.router.placement import Role
 from paceline.router.server import Router
 from paceline.router.settings import RouterSettings
 from paceline.v1 import inference_pb2 as pb
@@ -170,6 +171,71 @@ async def test_refused_work_is_sent_again(tmp_path: Path) -> None:
         answer = await deployment.generate(make_request())
         assert answer.tokens[0] == wanted(deployment, "hello", 12)
         assert answer.last.usage.resumed == 0
+        await deployment.idle()
+
+
+async def test_message_larger_than_grpcs_default_reaches_the_workers(tmp_path: Path) -> None:
+    """A message that they refused would end the streams, and with them all other requests."""
+    ids = [200] * 2_200_000  # two bytes each
+    settings = RouterSettings(grpc_port=0, drain_timeout_s=0.0, max_request_bytes=8 << 20)
+    async with router_deployment(
+        tmp_path, settings=settings, max_model_len=1 << 22, num_blocks=1 << 18
+    ) as deployment:
+        deployment.decode.hold_at = 1
+        other = asyncio.create_task(deployment.generate(make_request(max_tokens=2)))
+        await until(lambda: bool(deployment.decode.running), "another request runs")
+        large = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=ids), sampling=pb.SamplingParams(max_tokens=1)
+        )
+        assert large.ByteSize() > 4 << 20
+        answer = await deployment.generate(large)
+        assert len(answer.tokens[0]) == 1
+        deployment.decode.hold_at = None
+        assert (await other).last.usage.resumed == 0
+        assert deployment.decode.num_sessions == deployment.prefill.num_sessions == 1
+
+
+async def test_request_larger_than_the_setting_ends_alone(tmp_path: Path) -> None:
+    settings = RouterSettings(grpc_port=0, drain_timeout_s=0.0, max_request_bytes=1024)
+    async with router_deployment(tmp_path, settings=settings) as deployment:
+        deployment.decode.hold_at = 1
+        other = asyncio.create_task(deployment.generate(make_request(max_tokens=2)))
+        await until(lambda: bool(deployment.decode.running), "another request runs")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await deployment.generate(make_request("x" * 2000))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        deployment.decode.hold_at = None
+        assert (await other).last.usage.resumed == 0
+
+
+async def test_worker_that_does_not_say_how_many_sequences_it_runs_is_not_used(
+    tmp_path: Path,
+) -> None:
+    async with router_deployment(tmp_path, workers=False) as deployment:
+        await deployment.add(
+            FakeWorker(Role.DECODE, deployment.oracle, deployment.fabric, max_num_seqs=0)
+        )
+        await until(
+            lambda: "lacks max_num_seqs" in deployment.router.status().workers[0].message,
+            "the refusal is in the status",
+        )
+
+
+async def test_more_choices_than_a_worker_runs_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    async with router_deployment(tmp_path, workers=False) as deployment:
+        for role in Role:
+            await deployment.add(
+                FakeWorker(role, deployment.oracle, deployment.fabric, max_num_seqs=3)
+            )
+        await deployment.connected()
+        answers = await asyncio.gather(
+            *(deployment.generate(make_request(n=1 + number % 3)) for number in range(9))
+        )
+        for answer in answers:
+            for choice, tokens in answer.tokens.items():
+                assert tokens == wanted(deployment, "hello", 12, choice)
+        with pytest.raises(grpc.aio.AioRpcError, match=r"sampling\.n: 4 choices"):
+            await deployment.generate(make_request(n=4))
         await deployment.idle()
 
 

@@ -4,15 +4,27 @@ from pathlib import Path
 import pytest
 
 from paceline.errors import ModelNotFoundError
+from paceline.internal.v1 import worker_pb2
+from paceline.router.message_size import MAX_WORK_TOKENS, OTHER_BYTES, TOKEN_ID_BYTES
 from paceline.router.model import ServedModel
 from paceline.router.settings import RouterSettings
 from paceline.router.validate import (
+    MAX_REQUEST_ID_CHARS,
     check_model,
     envelope_violations,
     prompt_violations,
     sampling_violations,
 )
-from paceline.sampling_params import SamplingParams
+from paceline.sampling_params import (
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOKENS,
+    SamplingParams,
+)
+from paceline.wire import sampling_to_proto
 
 MODEL = ServedModel("tiny", 100, 50, (2,), Path())
 
@@ -78,3 +90,32 @@ def test_max_tokens_beyond_the_models_length_is_refused_with_what_is_left() -> N
         "are 101 together, and model.max_model_len is 100; lower max_tokens to at most 10" in text
     )
     assert not list(prompt_violations([1] * 90, SamplingParams(max_tokens=10), MODEL, "text"))
+
+
+def test_request_that_could_outgrow_a_message_to_a_worker_is_refused() -> None:
+    model = ServedModel("long", 2**30, 50, (2,), Path())
+    most = MAX_WORK_TOKENS
+    assert not list(prompt_violations([1], SamplingParams(max_tokens=most), model, "text"))
+    text = say(prompt_violations([1], SamplingParams(max_tokens=most + 1), model, "text"))
+    assert f"may be {most + 1} tokens" in text
+    assert f"carry at most {most}" in text
+
+
+def test_everything_beside_the_tokens_fits_into_what_a_message_leaves_for_it() -> None:
+    sampling = SamplingParams(
+        max_tokens=MAX_TOKENS,
+        seed=2**64 - 1,
+        n=MAX_CHOICES,
+        logit_bias=tuple((2**31 - 1 - i, 99.9) for i in range(MAX_LOGIT_BIAS)),
+        stop_token_ids=(2**31 - 1,) * MAX_STOP_TOKEN_IDS,
+        stop=("\U0001f600" * MAX_STOP_CHARACTERS,) * MAX_STOP_STRINGS,
+    )
+    assert not list(sampling.violations(2**31))
+    work = worker_pb2.Work(
+        request_id="\U0001f600" * MAX_REQUEST_ID_CHARS,
+        choices=range(MAX_CHOICES),
+        stream_ids=[2**32 - 1] * MAX_CHOICES,
+        prompt_token_ids=[2**31 - 1] * 1000,
+        sampling=sampling_to_proto(sampling),
+    )
+    assert work.ByteSize() < OTHER_BYTES / 2 + 1000 * TOKEN_ID_BYTES

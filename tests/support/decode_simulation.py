@@ -199,7 +199,7 @@ class DecodeSimulation:
         for choice in work.choices:
             token = self.expected(work, choice)[work.next_index]
             reason = self.conditions(work).reason_to_finish(token, work.next_index)
-            first_tokens.append(FirstToken(choice, token, reason is not None))
+            first_tokens.append(FirstToken(choice, token, reason))
         self.scheduler.imported(key, first_tokens, self.now)
 
     def confirm(self, key: AttemptKey) -> None:

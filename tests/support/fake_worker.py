@@ -23,7 +23,7 @@ from paceline.request import (
 )
 from paceline.router.placement import Role, WorkerMember
 from paceline.v1 import inference_pb2
-from paceline.wire import pack_uint32, work_from_proto
+from paceline.wire import MAX_MESSAGE_BYTES, pack_uint32, work_from_proto
 
 Oracle = Callable[[Sequence[int], Sequence[int], int], int]
 BLOCK_TOKENS = 16
@@ -106,14 +106,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         worker_id: str | None = None,
         incarnation: int = 1,
         num_blocks: int = 1000,
-        max_requests: int = 100,
+        max_num_seqs: int = 100,
         local_prefill_tokens: int = 0,
     ) -> None:
         self.role = role
         self.worker_id = worker_id or f"{role.value}-0"
         self.incarnation = incarnation
         self.num_blocks = num_blocks
-        self.max_requests = max_requests
+        self.max_num_seqs = max_num_seqs
         self.local_prefill_tokens = local_prefill_tokens
         self.hold_at: int | None = None
         self.num_refusals_left = 0
@@ -138,8 +138,16 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     def num_held_blocks(self) -> int:
         return sum(running.num_blocks for running in self.running.values())
 
+    @property
+    def num_sequences(self) -> int:
+        return sum(len(running.sequences) for running in self.running.values())
+
     async def start(self) -> "FakeWorker":
-        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        options = (
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        )
+        self._server = grpc.aio.server(options=options)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, self._server)
         self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
         await self._server.start()
@@ -165,6 +173,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             incarnation=self.incarnation,
             num_blocks=self.num_blocks,
             block_tokens=BLOCK_TOKENS,
+            max_num_seqs=self.max_num_seqs,
             local_prefill_tokens=self.local_prefill_tokens,
             load=self._load(),
         )
@@ -208,6 +217,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             if self.role is Role.DECODE:
                 blocks = num_blocks_promised(work.num_tokens, len(work.choices), BLOCK_TOKENS)
             assert self.num_held_blocks + blocks <= self.num_blocks, "the router overdrew"
+            num_sequences = self.num_sequences + len(work.choices)
+            assert num_sequences <= self.max_num_seqs, "the router overdrew"
             sequences = [
                 _Sequence(work, choice, stream_id, work.output.tolist(), len(work.output))
                 for choice, stream_id in zip(work.choices, work.stream_ids, strict=True)
@@ -322,7 +333,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     def _load(self) -> worker_pb2.Load:
         return worker_pb2.Load(
             credit_blocks=self.num_blocks - self.num_held_blocks,
-            credit_requests=self.max_requests - len(self.running),
+            credit_sequences=self.max_num_seqs - self.num_sequences,
             num_dispatches_seen=self._num_seen,
             num_running=len(self.running),
             num_free_blocks=self.num_blocks - self.num_held_blocks,

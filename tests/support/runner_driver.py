@@ -12,9 +12,10 @@ from paceline.engine.model_config import ModelConfig, read_model_config
 from paceline.engine.model_runner import TorchModelRunner
 from paceline.engine.models.llama import LlamaModel
 from paceline.engine.parallel import ParallelContext
-from paceline.engine.step_plan import Int32Array, SlotStart, StepPlan, StepResult, TopLogprobs
+from paceline.engine.step_plan import Int32Array, SlotStart, StepPlan, StepResult
 from paceline.engine.weights import load_weights
 from paceline.kv_layout import attention_layout
+from paceline.request import TopLogprobs
 from paceline.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -17,8 +17,9 @@ from paceline.request import (
     num_blocks_for,
     num_blocks_promised,
 )
+from paceline.router.capacity import WorkerPool
 from paceline.router.dispatch import Dispatcher, TokenColumns
-from paceline.router.placement import Role, WorkerLoad, WorkerMember, WorkerPool, WorkerView
+from paceline.router.placement import Role, WorkerLoad, WorkerMember, WorkerView
 from paceline.router.settings import RouterSettings
 
 
@@ -40,6 +41,7 @@ class SimulatedWorker:
 
     member: WorkerMember
     num_blocks: int
+    max_num_seqs: int
     cluster: "SimulatedCluster"
     inbox: deque[Callable[[], None]] = field(default_factory=deque)
     outbox: deque[Callable[[float], None]] = field(default_factory=deque)
@@ -55,9 +57,13 @@ class SimulatedWorker:
     def num_held_blocks(self) -> int:
         return sum(self._blocks(held.work) for held in self.held.values())
 
+    @property
+    def num_sequences(self) -> int:
+        return sum(len(held.outputs) for held in self.held.values())
+
     def load(self) -> WorkerLoad:
         free = self.num_blocks - self.num_held_blocks
-        return WorkerLoad(free, 8 - len(self.held), self.num_seen)
+        return WorkerLoad(free, self.max_num_seqs - self.num_sequences, self.num_seen)
 
     def take(self, work: Work, has_source: bool) -> None:
         self.num_seen += 1
@@ -66,6 +72,7 @@ class SimulatedWorker:
             outputs = {choice: work.output.tolist() for choice in work.choices}
             self.held[work.key] = _Held(work, has_source, outputs)
             assert self.num_held_blocks <= self.num_blocks, "the router overdrew its credit"
+            assert self.num_sequences <= self.max_num_seqs, "the router overdrew its credit"
         dispatcher = self.cluster.dispatcher
         self.outbox.append(
             lambda now: dispatcher.admission(self.worker_id, work.key, message, 0, now)
@@ -194,13 +201,14 @@ class SimulatedCluster:
         now: float,
         *,
         num_blocks: int = 64,
+        max_num_seqs: int = 8,
         local_prefill_tokens: int = 0,
     ) -> SimulatedWorker:
         self._incarnations += 1
         member = WorkerMember(worker_id, role, self._incarnations, "")
-        worker = SimulatedWorker(member, num_blocks, self)
+        worker = SimulatedWorker(member, num_blocks, max_num_seqs, self)
         self.workers[worker_id] = worker
-        pool = WorkerPool(num_blocks, BLOCK_TOKENS, local_prefill_tokens)
+        pool = WorkerPool(num_blocks, BLOCK_TOKENS, max_num_seqs, local_prefill_tokens)
         self.dispatcher.worker_joined(WorkerView(member, pool, worker.load()), now)
         return worker
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from paceline.engine.step_plan import Int32Array, SlotStart, StepPlan, StepResult, TopLogprobs
+from paceline.engine.step_plan import Int32Array, SlotStart, StepPlan, StepResult
+from paceline.request import TopLogprobs
 from paceline.sampling_params import SamplingParams
 
 KvArray = npt.NDArray[np.uint64]

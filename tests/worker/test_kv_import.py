@@ -18,7 +18,7 @@ from paceline.worker.kv_import import (
 KEY = AttemptKey("r", 1)
 DONE = ReadOutcome(ReadState.DONE, 10, 1.0, 2.0)
 FAILED = ReadOutcome(ReadState.FAILED, 0, 1.0, 2.0, "cable cut")
-FIRST = (FirstToken(0, 7, False),)
+FIRST = (FirstToken(0, 7),)
 
 
 class Recorder:

@@ -22,41 +22,42 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from paceline.v1 import inference_pb2 as paceline_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpaceline/internal/v1/kv.proto\x12\x14paceline.internal.v1\"\xdf\x02\n\x11ReadLeasesRequest\x12\x32\n\x05hello\x18\x01 \x01(\x0b\x32!.paceline.internal.v1.ReaderHelloH\x00\x12\x34\n\tsubscribe\x18\x02 \x01(\x0b\x32\x1f.paceline.internal.v1.SubscribeH\x00\x12\x30\n\x07\x63onfirm\x18\x03 \x01(\x0b\x32\x1d.paceline.internal.v1.ConfirmH\x00\x12\x30\n\x07release\x18\x04 \x01(\x0b\x32\x1d.paceline.internal.v1.ReleaseH\x00\x12\x34\n\theartbeat\x18\x05 \x01(\x0b\x32\x1f.paceline.internal.v1.HeartbeatH\x00\x12;\n\ttransport\x18\x06 \x01(\x0b\x32&.paceline.internal.v1.TransportMessageH\x00\x42\t\n\x07message\"\xac\x02\n\x12ReadLeasesResponse\x12\x35\n\x07welcome\x18\x01 \x01(\x0b\x32\".paceline.internal.v1.OwnerWelcomeH\x00\x12\x33\n\x06update\x18\x02 \x01(\x0b\x32!.paceline.internal.v1.LeaseUpdateH\x00\x12\x30\n\x07verdict\x18\x03 \x01(\x0b\x32\x1d.paceline.internal.v1.VerdictH\x00\x12\x30\n\x07revoked\x18\x04 \x01(\x0b\x32\x1d.paceline.internal.v1.RevokedH\x00\x12;\n\ttransport\x18\x05 \x01(\x0b\x32&.paceline.internal.v1.TransportMessageH\x00\x42\t\n\x07message\"\x9b\x01\n\x0bReaderHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x19\n\x11owner_incarnation\x18\x03 \x01(\x04\x12\x1a\n\x12layout_fingerprint\x18\x04 \x01(\x0c\x12\x1a\n\x12layout_description\x18\x05 \x01(\t\x12\x11\n\ttransport\x18\x06 \x01(\t\"R\n\x0cOwnerWelcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x1a\n\x12transport_endpoint\x18\x03 \x01(\x0c\"0\n\tSubscribe\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xa3\x01\n\x0bLeaseUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08lease_id\x18\x03 \x01(\x04\x12\x11\n\tblock_ids\x18\x04 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x36\n\x0c\x66irst_tokens\x18\x06 \x03(\x0b\x32 .paceline.internal.v1.FirstToken\"@\n\nFirstToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\"\x1b\n\x07\x43onfirm\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\")\n\x07Verdict\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0c\n\x04held\x18\x02 \x01(\x08\".\n\x07Release\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\">\n\x07Revoked\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x0b\n\tHeartbeat\"#\n\x10TransportMessage\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x32p\n\tKvService\x12\x63\n\nReadLeases\x12\'.paceline.internal.v1.ReadLeasesRequest\x1a(.paceline.internal.v1.ReadLeasesResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpaceline/internal/v1/kv.proto\x12\x14paceline.internal.v1\x1a\x1bpaceline/v1/inference.proto\"\xdf\x02\n\x11ReadLeasesRequest\x12\x32\n\x05hello\x18\x01 \x01(\x0b\x32!.paceline.internal.v1.ReaderHelloH\x00\x12\x34\n\tsubscribe\x18\x02 \x01(\x0b\x32\x1f.paceline.internal.v1.SubscribeH\x00\x12\x30\n\x07\x63onfirm\x18\x03 \x01(\x0b\x32\x1d.paceline.internal.v1.ConfirmH\x00\x12\x30\n\x07release\x18\x04 \x01(\x0b\x32\x1d.paceline.internal.v1.ReleaseH\x00\x12\x34\n\theartbeat\x18\x05 \x01(\x0b\x32\x1f.paceline.internal.v1.HeartbeatH\x00\x12;\n\ttransport\x18\x06 \x01(\x0b\x32&.paceline.internal.v1.TransportMessageH\x00\x42\t\n\x07message\"\xac\x02\n\x12ReadLeasesResponse\x12\x35\n\x07welcome\x18\x01 \x01(\x0b\x32\".paceline.internal.v1.OwnerWelcomeH\x00\x12\x33\n\x06update\x18\x02 \x01(\x0b\x32!.paceline.internal.v1.LeaseUpdateH\x00\x12\x30\n\x07verdict\x18\x03 \x01(\x0b\x32\x1d.paceline.internal.v1.VerdictH\x00\x12\x30\n\x07revoked\x18\x04 \x01(\x0b\x32\x1d.paceline.internal.v1.RevokedH\x00\x12;\n\ttransport\x18\x05 \x01(\x0b\x32&.paceline.internal.v1.TransportMessageH\x00\x42\t\n\x07message\"\x9b\x01\n\x0bReaderHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x19\n\x11owner_incarnation\x18\x03 \x01(\x04\x12\x1a\n\x12layout_fingerprint\x18\x04 \x01(\x0c\x12\x1a\n\x12layout_description\x18\x05 \x01(\t\x12\x11\n\ttransport\x18\x06 \x01(\t\"R\n\x0cOwnerWelcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x1a\n\x12transport_endpoint\x18\x03 \x01(\x0c\"0\n\tSubscribe\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xa3\x01\n\x0bLeaseUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08lease_id\x18\x03 \x01(\x04\x12\x11\n\tblock_ids\x18\x04 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x36\n\x0c\x66irst_tokens\x18\x06 \x03(\x0b\x32 .paceline.internal.v1.FirstToken\"\xb3\x01\n\nFirstToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.paceline.v1.FinishReason\x12\x14\n\x07logprob\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12/\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x19.paceline.v1.TokenLogprobB\n\n\x08_logprob\"\x1b\n\x07\x43onfirm\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\")\n\x07Verdict\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0c\n\x04held\x18\x02 \x01(\x08\".\n\x07Release\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\">\n\x07Revoked\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x0b\n\tHeartbeat\"#\n\x10TransportMessage\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x32p\n\tKvService\x12\x63\n\nReadLeases\x12\'.paceline.internal.v1.ReadLeasesRequest\x1a(.paceline.internal.v1.ReadLeasesResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'paceline.internal.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_READLEASESREQUEST']._serialized_start=56
-  _globals['_READLEASESREQUEST']._serialized_end=407
-  _globals['_READLEASESRESPONSE']._serialized_start=410
-  _globals['_READLEASESRESPONSE']._serialized_end=710
-  _globals['_READERHELLO']._serialized_start=713
-  _globals['_READERHELLO']._serialized_end=868
-  _globals['_OWNERWELCOME']._serialized_start=870
-  _globals['_OWNERWELCOME']._serialized_end=952
-  _globals['_SUBSCRIBE']._serialized_start=954
-  _globals['_SUBSCRIBE']._serialized_end=1002
-  _globals['_LEASEUPDATE']._serialized_start=1005
-  _globals['_LEASEUPDATE']._serialized_end=1168
-  _globals['_FIRSTTOKEN']._serialized_start=1170
-  _globals['_FIRSTTOKEN']._serialized_end=1234
-  _globals['_CONFIRM']._serialized_start=1236
-  _globals['_CONFIRM']._serialized_end=1263
-  _globals['_VERDICT']._serialized_start=1265
-  _globals['_VERDICT']._serialized_end=1306
-  _globals['_RELEASE']._serialized_start=1308
-  _globals['_RELEASE']._serialized_end=1354
-  _globals['_REVOKED']._serialized_start=1356
-  _globals['_REVOKED']._serialized_end=1418
-  _globals['_HEARTBEAT']._serialized_start=1420
-  _globals['_HEARTBEAT']._serialized_end=1431
-  _globals['_TRANSPORTMESSAGE']._serialized_start=1433
-  _globals['_TRANSPORTMESSAGE']._serialized_end=1468
-  _globals['_KVSERVICE']._serialized_start=1470
-  _globals['_KVSERVICE']._serialized_end=1582
+  _globals['_READLEASESREQUEST']._serialized_start=85
+  _globals['_READLEASESREQUEST']._serialized_end=436
+  _globals['_READLEASESRESPONSE']._serialized_start=439
+  _globals['_READLEASESRESPONSE']._serialized_end=739
+  _globals['_READERHELLO']._serialized_start=742
+  _globals['_READERHELLO']._serialized_end=897
+  _globals['_OWNERWELCOME']._serialized_start=899
+  _globals['_OWNERWELCOME']._serialized_end=981
+  _globals['_SUBSCRIBE']._serialized_start=983
+  _globals['_SUBSCRIBE']._serialized_end=1031
+  _globals['_LEASEUPDATE']._serialized_start=1034
+  _globals['_LEASEUPDATE']._serialized_end=1197
+  _globals['_FIRSTTOKEN']._serialized_start=1200
+  _globals['_FIRSTTOKEN']._serialized_end=1379
+  _globals['_CONFIRM']._serialized_start=1381
+  _globals['_CONFIRM']._serialized_end=1408
+  _globals['_VERDICT']._serialized_start=1410
+  _globals['_VERDICT']._serialized_end=1451
+  _globals['_RELEASE']._serialized_start=1453
+  _globals['_RELEASE']._serialized_end=1499
+  _globals['_REVOKED']._serialized_start=1501
+  _globals['_REVOKED']._serialized_end=1563
+  _globals['_HEARTBEAT']._serialized_start=1565
+  _globals['_HEARTBEAT']._serialized_end=1576
+  _globals['_TRANSPORTMESSAGE']._serialized_start=1578
+  _globals['_TRANSPORTMESSAGE']._serialized_end=1613
+  _globals['_KVSERVICE']._serialized_start=1615
+  _globals['_KVSERVICE']._serialized_end=1727
 # @@protoc_insertion_point(module_scope)

@@ -380,6 +380,7 @@ class Welcome(_message.Message):
     BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     LOCAL_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Such as decode-0."""
     incarnation: _builtins.int
@@ -390,6 +391,8 @@ class Welcome(_message.Message):
     """Tokens in a block."""
     local_prefill_tokens: _builtins.int
     """Tokens that a prompt computed here may have at most (decode workers): 0 means none."""
+    max_num_seqs: _builtins.int
+    """Sequences that run at once: no request with more choices than this can run there."""
     @_builtins.property
     def load(self) -> Global___Load:
         """Load at this moment."""
@@ -403,10 +406,11 @@ class Welcome(_message.Message):
         block_tokens: _builtins.int = ...,
         local_prefill_tokens: _builtins.int = ...,
         load: Global___Load | None = ...,
+        max_num_seqs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "incarnation", b"incarnation", "load", b"load", "local_prefill_tokens", b"local_prefill_tokens", "num_blocks", b"num_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "incarnation", b"incarnation", "load", b"load", "local_prefill_tokens", b"local_prefill_tokens", "max_num_seqs", b"max_num_seqs", "num_blocks", b"num_blocks", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -501,7 +505,7 @@ class Load(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CREDIT_BLOCKS_FIELD_NUMBER: _builtins.int
-    CREDIT_REQUESTS_FIELD_NUMBER: _builtins.int
+    CREDIT_SEQUENCES_FIELD_NUMBER: _builtins.int
     NUM_DISPATCHES_SEEN_FIELD_NUMBER: _builtins.int
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     NUM_PENDING_TOKENS_FIELD_NUMBER: _builtins.int
@@ -509,8 +513,8 @@ class Load(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     credit_blocks: _builtins.int
     """Blocks that this router may commit now."""
-    credit_requests: _builtins.int
-    """Requests that this router may send now."""
+    credit_sequences: _builtins.int
+    """Sequences that this router may send now; a request is as many as it has choices."""
     num_dispatches_seen: _builtins.int
     """Prefill and Admit messages of this router that are counted in the credit; later ones are not."""
     num_running: _builtins.int
@@ -525,7 +529,7 @@ class Load(_message.Message):
         self,
         *,
         credit_blocks: _builtins.int = ...,
-        credit_requests: _builtins.int = ...,
+        credit_sequences: _builtins.int = ...,
         num_dispatches_seen: _builtins.int = ...,
         num_running: _builtins.int = ...,
         num_pending_tokens: _builtins.int = ...,
@@ -534,7 +538,7 @@ class Load(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_blocks", b"credit_blocks", "credit_requests", b"credit_requests", "draining", b"draining", "num_dispatches_seen", b"num_dispatches_seen", "num_free_blocks", b"num_free_blocks", "num_pending_tokens", b"num_pending_tokens", "num_running", b"num_running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_blocks", b"credit_blocks", "credit_sequences", b"credit_sequences", "draining", b"draining", "num_dispatches_seen", b"num_dispatches_seen", "num_free_blocks", b"num_free_blocks", "num_pending_tokens", b"num_pending_tokens", "num_running", b"num_running"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,158 @@
+"""The routers' streams of one worker, over real gRPC, with a core that writes down its calls."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from paceline.failpoints import Failpoints
+from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
+from paceline.worker.core import LoadReport
+from paceline.worker.identity import WorkerIdentity
+from paceline.worker.mailbox import Mailbox
+from paceline.worker.process import SERVER_OPTIONS
+from paceline.worker.router_sessions import RouterSessions
+from paceline.worker.servicer import WorkerServicer
+
+TIMEOUT_S = 20.0
+IDENTITY = WorkerIdentity("decode-0", 5, 100, 16, 8, 0, b"layout", "a layout")
+
+
+class RecordingCore:
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def dispatch(self, session: int, work: Any, peer: Any, now: float) -> None:
+        self.calls.append(("dispatch", work.key.request_id, peer))
+
+    def cancel(self, session: int, key: Any, choices: tuple[int, ...], now: float) -> None:
+        self.calls.append(("cancel", key.request_id, choices))
+
+    def end_session(self, session: int, now: float) -> None:
+        self.calls.append(("end_session", session))
+
+    def load(self, session: int, num_sessions: int) -> LoadReport:
+        return LoadReport(10, 4, 0, 0, 10, False)
+
+
+class Engine:
+    """Runs the mailbox on a thread, like a step loop that has no steps."""
+
+    def __init__(self, core: RecordingCore) -> None:
+        self.core, self.mailbox, self.sessions = core, Mailbox(), RouterSessions(1000.0)
+        self._stop = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop:
+            self.mailbox.run_calls(0.0)
+            self.sessions.report(self.core, 0.0)  # type: ignore[arg-type]
+            self.mailbox.wait(0.01)
+
+    def stop(self) -> None:
+        self._stop = True
+        self._thread.join()
+
+
+@asynccontextmanager
+async def run_worker() -> AsyncIterator[tuple[RecordingCore, Any]]:
+    core = RecordingCore()
+    engine = Engine(core)
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    servicer = WorkerServicer(IDENTITY, core, engine.sessions, engine.mailbox, Failpoints())  # type: ignore[arg-type]
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield core, worker_pb2_grpc.WorkerServiceStub(channel)
+    finally:
+        await server.stop(None)
+        engine.stop()
+
+
+def hello(incarnation: int = 5) -> worker_pb2.SessionRequest:
+    return worker_pb2.SessionRequest(
+        hello=worker_pb2.Hello(router_id="router-0", worker_incarnation=incarnation)
+    )
+
+
+def admit(**changes: Any) -> worker_pb2.SessionRequest:
+    work = worker_pb2.Work(request_id="r", attempt=1, choices=[0], stream_ids=[7])
+    work.prompt_token_ids.extend([1, 2, 3])
+    work.sampling.seed, work.sampling.max_tokens = 1, 4
+    work.MergeFrom(worker_pb2.Work(**changes))
+    return worker_pb2.SessionRequest(admit=worker_pb2.Admit(work=work))
+
+
+async def until(core: RecordingCore, call: Any) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while call not in core.calls:
+        assert time.monotonic() < deadline, f"{call} is not among {core.calls}"
+        await asyncio.sleep(0.005)
+
+
+async def test_a_router_is_welcomed_with_what_the_worker_can_take() -> None:
+    async with run_worker() as (_, stub):
+        call = stub.Session()
+        await call.write(hello())
+        welcome = (await call.read()).welcome
+        assert (welcome.worker_id, welcome.incarnation) == ("decode-0", 5)
+        assert (welcome.num_blocks, welcome.block_tokens, welcome.max_num_seqs) == (100, 16, 8)
+        assert welcome.load.credit_blocks == 10
+
+
+async def test_a_router_that_means_another_incarnation_is_refused() -> None:
+    async with run_worker() as (_, stub):
+        call = stub.Session()
+        await call.write(hello(incarnation=4))
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await call.read()
+        assert refusal.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "decode-0.5, not incarnation 4" in str(refusal.value.details())
+
+
+async def test_a_session_must_begin_with_hello() -> None:
+    async with run_worker() as (_, stub):
+        call = stub.Session()
+        await call.write(admit())
+        with pytest.raises(grpc.aio.AioRpcError, match="hello"):
+            await call.read()
+
+
+async def test_work_that_makes_no_sense_is_refused_alone_and_the_session_goes_on() -> None:
+    async with run_worker() as (core, stub):
+        call = stub.Session()
+        await call.write(hello())
+        await call.read()
+        await call.write(admit(request_id="bad", stream_ids=[8]))
+        answers = [await call.read(), await call.read()]
+        (admission,) = [a.admission for a in answers if a.HasField("admission")]
+        assert (admission.request_id, admission.admitted) == ("bad", False)
+        assert "stream_ids" in admission.message
+        await call.write(admit())
+        await until(core, ("dispatch", "r", None))
+
+
+async def test_the_longest_prompts_reach_the_engine() -> None:
+    async with run_worker() as (core, stub):
+        call = stub.Session()
+        await call.write(hello())
+        await call.read()
+        await call.write(admit(prompt_token_ids=[200_000] * 2_000_000))
+        await until(core, ("dispatch", "r", None))
+
+
+async def test_when_the_stream_ends_the_engine_hears_it() -> None:
+    async with run_worker() as (core, stub):
+        call = stub.Session()
+        await call.write(hello())
+        await call.read()
+        call.cancel()
+        await until(core, ("end_session", 0))
