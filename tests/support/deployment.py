@@ -131,6 +131,9 @@ class Deployment:
         self.workers = [w for w in self.workers if w.worker_id != handle.worker_id]
         self.workers.append(handle)
         await self._tell_membership()
+        await self.eventually(
+            lambda: all(link.is_connected for link in self._router.status().workers), "connected"
+        )
 
     async def replace(self, dead: WorkerHandle) -> WorkerHandle:
         """Do what the controller does when a worker has died."""
