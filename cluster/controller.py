@@ -110,7 +110,7 @@ class Controller:
         self.wanted = wanted
         await self._launcher.save_wanted(wanted)
         for role in (Role.PREFILL, Role.DECODE):
-            self._log(f"{role.value} is wanted {wanted[role]} times")
+            self._log(f"{role.value} workers wanted: {wanted[role]}")
         self._wake.set()
         return wanted
 
