@@ -1,0 +1,245 @@
+"""Both ends of a KV session over real gRPC and shared memory: handshake, reads, verdicts, breaks.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import grpc
+import pytest
+import torch
+from kv_peer import Worker
+
+from paceline.engine.block_allocator import BlockAllocator
+from paceline.failpoints import Failpoints
+from paceline.internal.v1 import kv_pb2, kv_pb2_grpc
+from paceline.kv_transfer.lease import FirstToken, Lease, LeaseTable, Progress
+from paceline.request import AttemptKey, Span
+from paceline.worker.core import Peer
+from paceline.worker.identity import WorkerIdentity
+from paceline.worker.kv_owner import KvOwner
+from paceline.worker.kv_reader import KvReader
+from paceline.worker.mailbox import Mailbox
+
+TIMEOUT_S = 20.0
+KEY = AttemptKey("r", 1)
+FIRST = (FirstToken(0, 7),)
+OWNER = WorkerIdentity("prefill-0", 7, 64, 16, 8, 0, b"layout", "16 tokens a block")
+READER = WorkerIdentity("decode-0", 3, 64, 16, 8, 0, b"layout", "16 tokens a block")
+
+
+class Heard:
+    """Writes down what the reader's engine would hear."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.reason = ""
+
+    def import_progressed(self, key: AttemptKey) -> None:
+        self.calls.append("progressed")
+
+    def imported(self, key: AttemptKey, first_tokens: Sequence[FirstToken]) -> None:
+        assert tuple(first_tokens) == FIRST
+        self.calls.append("imported")
+
+    def confirmed(self, key: AttemptKey, spans: list[Span], num_bytes: int) -> None:
+        self.calls.append("confirmed")
+
+    def lost(self, key: AttemptKey, reason: str) -> None:
+        self.calls.append("lost")
+        self.reason = reason
+
+    def import_ended(self, key: AttemptKey) -> None:
+        self.calls.append("ended")
+
+
+class Pair:
+    """An owner and a reader on one event loop; the test plays both engines."""
+
+    def __init__(self) -> None:
+        self.owner_pool, self.reader_pool = Worker("shm", OWNER.name), Worker("shm", READER.name)
+        self.owner_pool.fill(1)
+        self.allocator = BlockAllocator(64)
+        self.leases = LeaseTable(self.allocator, ttl_s=5.0)
+        self.heard = Heard()
+        self.lost_readers: list[str] = []
+        self.released: list[AttemptKey] = []
+        self.mailbox = Mailbox()
+        self.address = ""
+
+    def grant(self, num_blocks: int) -> Lease:
+        lease = self.leases.grant(KEY, READER.name, time.monotonic())
+        self.leases.extend(lease, self.allocator.allocate(num_blocks))
+        return lease
+
+    def publish(self, lease: Lease, progress: Progress) -> None:
+        self.leases.publish(lease, progress)
+        self.owner.notify_changed(lease)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition():
+            self.mailbox.run_calls(time.monotonic())
+            assert time.monotonic() < deadline, f"heard {self.heard.calls}: {self.heard.reason}"
+            await asyncio.sleep(0.005)
+
+    @property
+    def peer(self) -> Peer:
+        return Peer(OWNER.worker_id, OWNER.incarnation, self.address)
+
+    def make_reader(self, identity: WorkerIdentity) -> KvReader:
+        return KvReader(
+            identity,
+            self.reader_pool.transport,
+            self.heard,
+            Failpoints(),
+            heartbeat_s=0.05,
+            verdict_timeout_s=TIMEOUT_S,
+        )
+
+    @asynccontextmanager
+    async def run(self, identity: WorkerIdentity = READER) -> AsyncIterator[KvReader]:
+        self.owner = KvOwner(
+            OWNER,
+            self.leases,
+            self.owner_pool.transport,
+            self.mailbox,
+            lambda reader, now: self.lost_readers.append(reader),
+            lambda key, now: self.released.append(key),
+            Failpoints(),
+        )
+        self.server = grpc.aio.server()
+        kv_pb2_grpc.add_KvServiceServicer_to_server(self.owner, self.server)
+        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        await self.server.start()
+        reader = self.make_reader(identity)
+        try:
+            yield reader
+        finally:
+            await reader.close()
+            await self.server.stop(None)
+            self.owner_pool.close()
+            self.reader_pool.close()
+
+
+async def test_blocks_are_read_as_they_are_published_and_confirmed() -> None:
+    pair = Pair()
+    async with pair.run() as reader:
+        lease = pair.grant(3)
+        reader.begin(KEY, pair.peer, 40, [10, 11, 12], 0)
+        pair.publish(lease, Progress(32))
+        await pair.until(lambda: "progressed" in pair.heard.calls)
+        pair.publish(lease, Progress(40, FIRST))
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert pair.heard.calls[-3:] == ["imported", "confirmed", "ended"]
+        sources = list(lease.block_ids)
+        assert torch.equal(pair.reader_pool.blocks[10:13], pair.owner_pool.blocks[sources])
+        assert [settled.key for settled in pair.leases.settle()] == [KEY]
+
+
+async def test_a_subscription_may_come_before_the_grant() -> None:
+    pair = Pair()
+    async with pair.run() as reader:
+        reader.begin(KEY, pair.peer, 16, [10], 0)
+        link = reader.connect(pair.peer)
+        await pair.until(lambda: link._connection is not None)
+        pair.publish(pair.grant(1), Progress(16, FIRST))
+        await pair.until(lambda: "confirmed" in pair.heard.calls)
+
+
+async def test_a_lease_revoked_before_the_confirmation_is_lost() -> None:
+    pair = Pair()
+    async with pair.run() as reader:
+        lease = pair.grant(2)
+        reader.begin(KEY, pair.peer, 32, [10, 11], 0)
+        pair.publish(lease, Progress(16))
+        await pair.until(lambda: "progressed" in pair.heard.calls)
+        assert pair.leases.revoke(lease, "cancelled for the test", time.monotonic())
+        pair.owner.notify_changed(lease)
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert pair.heard.calls[-2:] == ["lost", "ended"]
+        assert "cancelled for the test" in pair.heard.reason
+
+
+async def test_heartbeats_keep_a_lease_alive_that_nobody_extends() -> None:
+    pair = Pair()
+    async with pair.run() as reader:
+        reader.connect(pair.peer)
+        lease = pair.grant(1)
+        began = time.monotonic()
+        await pair.until(lambda: pair.leases._renewed_s.get(READER.name, 0.0) > began + 0.2)
+        assert pair.leases.expire(lease.granted_s + 5.1) == []
+
+
+async def test_an_abandoned_import_is_released_at_its_owner() -> None:
+    pair = Pair()
+    async with pair.run() as reader:
+        lease = pair.grant(2)
+        reader.begin(KEY, pair.peer, 32, [10, 11], 0)
+        pair.publish(lease, Progress(16))
+        await pair.until(lambda: "progressed" in pair.heard.calls)
+        reader.abandon(KEY)
+        await pair.until(lambda: pair.released == [KEY])
+        await pair.until(lambda: pair.heard.calls[-1] == "ended")
+        assert "lost" not in pair.heard.calls
+
+
+async def test_another_layout_is_refused_with_both_layouts_in_the_message() -> None:
+    pair = Pair()
+    other = replace(READER, layout_fingerprint=b"other", layout_description="32 tokens a block")
+    async with pair.run(other) as reader:
+        reader.begin(KEY, pair.peer, 16, [10], 0)
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        for part in ("32 tokens a block", "16 tokens a block", "kv.block_tokens"):
+            assert part in pair.heard.reason
+
+
+async def test_another_incarnation_of_the_owner_is_refused() -> None:
+    pair = Pair()
+    async with pair.run() as reader:
+        reader.begin(KEY, pair.peer._replace(incarnation=6), 16, [10], 0)
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert "prefill-0.7, not incarnation 6" in pair.heard.reason
+
+
+async def test_an_owner_that_is_gone_loses_its_imports_and_a_new_link_can_be_opened() -> None:
+    pair = Pair()
+    async with pair.run() as reader:
+        pair.publish(pair.grant(2), Progress(16))
+        reader.begin(KEY, pair.peer, 32, [10, 11], 0)
+        await pair.until(lambda: "progressed" in pair.heard.calls)
+        await pair.server.stop(None)
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert pair.heard.calls[-2:] == ["lost", "ended"]
+        assert reader.connect(pair.peer).is_closed is False
+
+
+async def test_a_reader_that_is_gone_is_told_to_the_owners_engine() -> None:
+    pair = Pair()
+    async with pair.run() as reader:
+        link = reader.connect(pair.peer)
+        await pair.until(lambda: link._connection is not None)
+        await reader.close()
+        await pair.until(lambda: pair.lost_readers == [READER.name])
+
+
+async def test_membership_without_the_owner_ends_the_link_at_once() -> None:
+    pair = Pair()
+    async with pair.run() as reader:
+        pair.publish(pair.grant(2), Progress(16))
+        reader.begin(KEY, pair.peer, 32, [10, 11], 0)
+        await pair.until(lambda: "progressed" in pair.heard.calls)
+        reader.drop_absent({READER.name})
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert "left the deployment" in pair.heard.reason
+
+
+async def test_a_session_must_begin_with_hello() -> None:
+    pair = Pair()
+    async with pair.run(), grpc.aio.insecure_channel(pair.address) as channel:
+        call = kv_pb2_grpc.KvServiceStub(channel).ReadLeases()
+        await call.write(kv_pb2.ReadLeasesRequest(heartbeat=kv_pb2.Heartbeat()))
+        with pytest.raises(grpc.aio.AioRpcError, match="hello"):
+            await call.read()
