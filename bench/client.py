@@ -10,7 +10,7 @@ import grpc
 from paceline.bench.load import PlannedRequest, Vocabulary
 from paceline.bench.record import RequestRecord
 from paceline.v1 import inference_pb2, inference_pb2_grpc
-from paceline.wire import span_from_proto
+from paceline.wire import phase_times_from_proto, span_from_proto
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -110,7 +110,5 @@ class LoadClient:
 def _take_last(record: RequestRecord, response: inference_pb2.GenerateResponse) -> None:
     record.cached_tokens = response.usage.cached_tokens
     record.resumed = response.usage.resumed
-    times = response.phase_times
-    record.queue_s, record.prefill_s = times.queue_s, times.prefill_s
-    record.kv_transfer_s, record.decode_s = times.kv_transfer_s, times.decode_s
+    record.phases = phase_times_from_proto(response.phase_times)
     record.timeline = [span_from_proto(span) for span in response.timeline]

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from paceline.request import Span
+from paceline.request import PhaseTimes, Span
 
 
 @dataclass(slots=True)
@@ -24,10 +24,7 @@ class RequestRecord:
     """gRPC status and message; empty when all went well."""
     cached_tokens: int = 0
     resumed: int = 0
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    kv_transfer_s: float = 0.0
-    decode_s: float = 0.0
+    phases: PhaseTimes = field(default_factory=PhaseTimes)
     timeline: list[Span] = field(default_factory=list)
 
     @property
@@ -137,10 +134,10 @@ def summarize(records: Sequence[RequestRecord], limits: Limits) -> LoadSummary:
         "tpot": Distribution.of([tpot for r in good if (tpot := r.tpot_s) is not None]),
         "itl": Distribution.of([gap for record in good for gap in record.itl_s]),
         "e2e": Distribution.of([record.e2e_s for record in good]),
-        "queue": Distribution.of([record.queue_s for record in good]),
-        "prefill": Distribution.of([record.prefill_s for record in good]),
-        "kv_transfer": Distribution.of([record.kv_transfer_s for record in good]),
-        "decode": Distribution.of([record.decode_s for record in good]),
+        "queue": Distribution.of([record.phases.queue_s for record in good]),
+        "prefill": Distribution.of([record.phases.prefill_s for record in good]),
+        "kv_transfer": Distribution.of([record.phases.kv_transfer_s for record in good]),
+        "decode": Distribution.of([record.phases.decode_s for record in good]),
     }
     return LoadSummary(
         num_requests=len(records),

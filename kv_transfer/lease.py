@@ -281,10 +281,6 @@ class LeaseTable:
         """Revoke what a lost reader had not confirmed, and return it."""
         return self._revoke_where(lambda lease: lease.reader == reader, reason, now)
 
-    def revoke_all(self, reason: str, now: float) -> list[Lease]:
-        """Revoke everything that is not HELD, because the owner stops; return it."""
-        return self._revoke_where(lambda lease: True, reason, now)
-
     def expire(self, now: float) -> list[Lease]:
         """Revoke and return leases that were not renewed in time; forget outcomes after theirs.
 

@@ -53,7 +53,6 @@ class Attempt:
     decode_id: str
     streams: dict[int, int]
     """choice -> stream id, of choices that still run"""
-    dispatched_s: float
     state: AttemptState = field(default=AttemptState.SENT)
 
     def move(self, event: AttemptEvent) -> None:
@@ -65,10 +64,6 @@ class Attempt:
                 f"cannot take the event {event.name}"
             )
         self.state = state
-
-    @property
-    def needs_prefill_worker(self) -> bool:
-        return self.prefill_id is not None and self.state is not AttemptState.DECODING
 
     def workers(self) -> tuple[str, ...]:
         """Workers without which the attempt cannot go on."""

@@ -301,7 +301,7 @@ class Dispatcher:
         key = AttemptKey(name, request.num_attempts)
         streams = {choice: self._new_stream_id() for choice in work.choices}
         prefill_id = None if pair.prefill is None else pair.prefill.worker_id
-        attempt = Attempt(key, prefill_id, pair.decode.worker_id, streams, now)
+        attempt = Attempt(key, prefill_id, pair.decode.worker_id, streams)
         request.attempts[key] = attempt
         self._attempts[key] = (request, attempt)
         for choice, stream_id in streams.items():

@@ -6,6 +6,7 @@ The thread that calls `start` and `stop` is *main*; in a deployment it runs Ray'
 import asyncio
 import concurrent.futures
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import grpc
 import torch
 
+from paceline.block_keys import make_root_key
 from paceline.engine.block_allocator import BlockAllocator
 from paceline.engine.load import LoadedEngine, load_engine
 from paceline.engine.model_source import ModelFolder
@@ -280,7 +282,11 @@ class WorkerProcess:
             identity=identity,
             engine=engine,
             allocator=allocator,
-            prefix_cache=PrefixCache(allocator, spec.kv.block_tokens, fingerprint),
+            prefix_cache=PrefixCache(
+                allocator,
+                spec.kv.block_tokens,
+                make_root_key(fingerprint, secrets.token_bytes(32)),
+            ),
             leases=LeaseTable(allocator, spec.kv.lease_ttl_s),
             sessions=RouterSessions(HEARTBEAT_S),
             mailbox=Mailbox(),

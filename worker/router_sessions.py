@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from paceline.internal.v1 import worker_pb2 as wire_messages
 from paceline.request import AttemptKey, FailureReason, Span
-from paceline.wire import pack_uint32, span_to_proto, top_logprobs_to_proto
+from paceline.wire import failure_reason_to_proto, pack_uint32, span_to_proto, top_logprobs_to_proto
 from paceline.worker.core import Core, LoadReport
 from paceline.worker.outgoing import Outgoing
 from paceline.worker.step_output import StepOutput
@@ -69,7 +69,7 @@ class RouterSessions:
     ) -> None:
         failure = wire_messages.Failure(
             stream_ids=stream_ids,
-            reason=wire_messages.FailureReason.ValueType(reason.value),
+            reason=failure_reason_to_proto(reason),
             message=message,
         )
         self._send(session, wire_messages.SessionResponse(failure=failure))

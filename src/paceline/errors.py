@@ -13,8 +13,6 @@
     ├── UnavailableError          no worker can serve now (starting, draining, stopped)
     ├── RequestFailedError        the request met failing workers more often than allowed
     ├── TransferError             a KV transfer did not happen
-    │   ├── LeaseLostError        the owner did not hold the lease until the reads had ended
-    │   ├── LayoutMismatchError   two pools cannot exchange blocks
     │   └── TransportError        a transport failed, is missing or is slower than allowed
     ├── OutOfBlocksError          more KV blocks were asked for than can be freed
     └── IntegrityError            an invariant does not hold: a bug in paceline
@@ -119,16 +117,6 @@ class RequestFailedError(PacelineError):
 
 class TransferError(PacelineError):
     """Base of what can go wrong when KV blocks move."""
-
-
-class LeaseLostError(TransferError):
-    """The owner did not hold the lease until the reads had ended."""
-
-
-class LayoutMismatchError(TransferError):
-    """Two pools differ in layout, dtype, model revision or adapter."""
-
-    grpc_code = "FAILED_PRECONDITION"
 
 
 class TransportError(TransferError):

@@ -287,7 +287,7 @@ def test_lost_reader_loses_what_it_had_not_confirmed() -> None:
     owner.table.confirm(held.lease_id, READER, 0.0)
     assert owner.table.revoke_reader(READER, "session ended", 1.0) == [lost]
     assert (held.state, other.state) == (LeaseState.HELD, LeaseState.ALIVE)
-    assert owner.table.revoke_all("stopping", 1.0) == [other]
+    assert owner.table.revoke(other, "stopping", 1.0)
     owner.table.settle()
     assert (owner.pins.total, owner.table.num_undecided) == (0, 0)
     owner.check()

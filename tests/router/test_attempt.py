@@ -8,7 +8,7 @@ from paceline.router.attempt import TRANSITIONS, Attempt, AttemptEvent, AttemptS
 
 
 def make_attempt(state: AttemptState, prefill_id: str | None = "p0") -> Attempt:
-    return Attempt(AttemptKey("a", 1), prefill_id, "d0", {0: 1}, 0.0, state)
+    return Attempt(AttemptKey("a", 1), prefill_id, "d0", {0: 1}, state)
 
 
 @pytest.mark.parametrize(("state", "event"), list(itertools.product(AttemptState, AttemptEvent)))
