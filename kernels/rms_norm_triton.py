@@ -1,0 +1,158 @@
+"""Root-mean-square norm in Triton, with the residual stream (reference: kernels.rms_norm).
+
+    h = residual + x, rounded to its dtype and kept in residual      only in add_rms_norm_triton
+    y = h / sqrt(mean(h^2) + eps) * weight                           Zhang and Sennrich 2019
+    x, residual, y [T, H], weight [H]; float32, bfloat16 or float16, rows at any stride
+
+A program takes a row and holds it in registers, so each value is read once; sums are float32. Rows
+that pad a batch are normed like any other: no row depends on another.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 65536
+"""A wider row would not stay in the registers of one program."""
+
+
+class Tile(NamedTuple):
+    """How a row is cut."""
+
+    width: int
+    num_warps: int
+
+
+def choose_tile(width: int) -> Tile:
+    """Choose by the row's width. No measurement is behind these numbers so far."""
+    padded = triton.next_power_of_2(width)
+    for limit, num_warps in ((1024, 4), (4096, 8)):
+        if padded <= limit:
+            return Tile(padded, num_warps)
+    return Tile(padded, 16)
+
+
+@triton.jit
+def _rms_norm_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    x_stride,
+    residual_stride,
+    out_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    ADD: tl.constexpr,
+    LAUNCH_EARLY: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, TILE)
+    inside = columns < WIDTH
+    # The weight is older than any kernel that may still be running.
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if LAUNCH_EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    h = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        residual_ptrs = residual_ptr + row * residual_stride + columns
+        h += tl.load(residual_ptrs, mask=inside, other=0.0).to(tl.float32)
+        rounded = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptrs, rounded, mask=inside)
+        h = rounded.to(tl.float32)
+    mean_square = tl.sum(h * h, axis=0) / WIDTH
+    y = h * tl.rsqrt(mean_square + eps) * weight
+    tl.store(out_ptr + row * out_stride + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def rms_norm_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    out: torch.Tensor | None = None,
+    tile: Tile | None = None,
+    launch_early: bool = False,
+) -> torch.Tensor:
+    """Return the norm of x's rows.
+
+    out: where it goes, may be x itself. launch_early: overlap with the end of the kernel ahead
+    (programmatic dependent launch, Hopper and later).
+    """
+    return _launch(x, None, weight, eps, out, tile, launch_early)
+
+
+def add_rms_norm_triton(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    out: torch.Tensor | None = None,
+    tile: Tile | None = None,
+    launch_early: bool = False,
+) -> torch.Tensor:
+    """Add x to `residual` in place and return the norm of the sum's rows.
+
+    out, launch_early: as in `rms_norm_triton`.
+    """
+    return _launch(x, residual, weight, eps, out, tile, launch_early)
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor | None,
+    tile: Tile | None,
+    launch_early: bool,
+) -> torch.Tensor:
+    if x.dim() != 2 or x.dtype not in DTYPES or x.stride(1) != 1:
+        raise ValueError(
+            "x must be [tokens, width] of float32, bfloat16 or float16 with contiguous rows, got "
+            f"{x.dtype} {list(x.shape)} of strides {list(x.stride())}"
+        )
+    num_rows, width = x.shape
+    if not 0 < width <= MAX_WIDTH:
+        raise ValueError(f"rows must be 1 to {MAX_WIDTH} wide, got {width}")
+    if list(weight.shape) != [width] or weight.stride(0) != 1:
+        raise ValueError(f"weight must be contiguous [{width}], got {list(weight.shape)}")
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for name, tensor in (("out", out), ("residual", residual)):
+        if tensor is None:
+            continue
+        if tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.stride(1) != 1:
+            raise ValueError(
+                f"{name} must be {x.dtype} {list(x.shape)} with contiguous rows, got "
+                f"{tensor.dtype} {list(tensor.shape)} of strides {list(tensor.stride())}"
+            )
+    if tile is None:
+        tile = choose_tile(width)
+    if tile.width < width:
+        raise ValueError(f"a tile of {tile.width} does not hold rows of {width}")
+    if num_rows:
+        options = {"launch_pdl": True} if launch_early else {}
+        _rms_norm_kernel[(num_rows,)](
+            x,
+            x if residual is None else residual,
+            weight,
+            out,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            out.stride(0),
+            eps,
+            WIDTH=width,
+            TILE=tile.width,
+            ADD=residual is not None,
+            LAUNCH_EARLY=launch_early,
+            num_warps=tile.num_warps,
+            **options,
+        )
+    return out
