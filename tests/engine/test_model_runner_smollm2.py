@@ -65,6 +65,7 @@ def test_greedy_tokens_equal_those_of_generate(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_greedy_tokens_of_long_prompts_in_chunks_equal_those_of_generate(
     folder: ModelFolder, reference: transformers.PreTrainedModel
 ) -> None:

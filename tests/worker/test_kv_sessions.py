@@ -1,4 +1,4 @@
-"""Both ends of a KV session over real gRPC and shared memory: handshake, reads, verdicts, breaks."""
+"""Both ends of a KV session over gRPC and shared memory: handshake, reads, verdicts, breaks."""
 
 import asyncio
 import time
