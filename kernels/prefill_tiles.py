@@ -1,0 +1,111 @@
+"""How the new tokens of a step's rows are cut into tiles for `prefill_attention_triton`.
+
+Planned on the CPU, without Triton.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefillTiles:
+    """How the work is cut. Sizes are powers of 2, of at least 16."""
+
+    block_m: int
+    """Query rows: queries times `heads_per_tile`; rows that this does not fill idle"""
+    block_n: int
+    """Keys; one step gathers them from as many blocks as they lie in"""
+    heads_per_tile: int
+    """Query heads of one key-value head in a tile: a divisor of the group"""
+    heads_at_once: int
+    """Head tiles launched beside each other, a divisor of num_heads / heads_per_tile: all of them
+    puts the largest tiles of every head first; fewer keep less of the pool in use at a time."""
+    num_warps: int
+    num_stages: int
+
+    @property
+    def queries(self) -> int:
+        """Queries of a tile."""
+        return self.block_m // self.heads_per_tile
+
+
+def choose_tiles(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, max_new_tokens: int
+) -> PrefillTiles:
+    """Return the tiles for rows of up to `max_new_tokens`; each different result compiles anew.
+
+    Nothing here has been measured. The sizes are such that, compiled for a Hopper GPU, they fit
+    into its shared memory and registers. Loads of block ids take every other stage, so that with 5
+    stages one tile of K and V is multiplied while two are loaded.
+    """
+    if dtype == torch.float32:  # without matrix units: small tiles, unrolled in registers
+        block_m, block_n = (64, 32) if head_dim <= 64 else (64, 16) if head_dim <= 128 else (32, 16)
+        num_stages = 3
+    else:
+        block_m, block_n = 128, 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
+        num_stages = 5
+    num_warps = 8
+    heads_per_tile = 1
+    if 2 * max_new_tokens <= block_m:
+        # Short chunks fill a tile only with several heads; they share what is read, too.
+        group = num_heads // num_kv_heads
+        fitting = max(1, block_m // max(1, max_new_tokens))
+        heads_per_tile = max(n for n in range(1, group + 1) if group % n == 0 and n <= fitting)
+        rows = max(1, max_new_tokens) * heads_per_tile
+        block_m = min(block_m, max(16, 1 << (rows - 1).bit_length()))
+        if block_m <= 64 and dtype != torch.float32:
+            num_warps = 4
+    return PrefillTiles(
+        block_m, block_n, heads_per_tile, num_heads // heads_per_tile, num_warps, num_stages
+    )
+
+
+class TileTable(NamedTuple):
+    """Which tile of queries each program takes: made once a step, used by every layer."""
+
+    tiles: PrefillTiles
+    entries: torch.Tensor
+    """int32 [N, 2]: row and, within its new tokens, the tile's first query; row -1: no tile"""
+
+
+def make_tile_table(
+    starts: npt.NDArray[np.int32],
+    num_new_tokens: npt.NDArray[np.int32],
+    tiles: PrefillTiles,
+    num_tiles: int | None = None,
+) -> TileTable:
+    """Cut the rows' new tokens into tiles, those that see most keys first; on the CPU.
+
+    starts, num_new_tokens: [R]; 0 new tokens leave a row out, whatever `offsets` will say of it.
+    num_tiles: the table's size, for launches that are captured; unneeded entries are -1.
+    """
+    if starts.shape != num_new_tokens.shape or starts.ndim != 1:
+        raise ValueError(
+            f"starts {list(starts.shape)} and num_new_tokens {list(num_new_tokens.shape)} must be "
+            f"of one length"
+        )
+    per_row = -(-num_new_tokens.astype(np.int64) // tiles.queries)
+    needed = int(per_row.sum())
+    size = needed if num_tiles is None else num_tiles
+    if needed > size:
+        raise ValueError(
+            f"{int(num_new_tokens.sum())} new tokens in {len(starts)} rows need {needed} tiles of "
+            f"{tiles.queries} queries, and the table has {size}"
+        )
+    rows = np.repeat(np.arange(len(starts)), per_row)
+    firsts = (np.arange(needed) - np.repeat(np.cumsum(per_row) - per_row, per_row)) * tiles.queries
+    num_keys = starts[rows] + np.minimum(firsts + tiles.queries, num_new_tokens[rows])
+    order = np.argsort(-num_keys, kind="stable")
+    entries = np.full((size, 2), -1, np.int32)
+    entries[:needed, 0] = rows[order]
+    entries[:needed, 1] = firsts[order]
+    return TileTable(tiles, torch.from_numpy(entries))
+
+
+def most_tiles(num_tokens: int, num_rows: int, tiles: PrefillTiles) -> int:
+    """Return how many tiles any rows may need that have so many new tokens in all."""
+    return min(num_tokens, num_tokens // tiles.queries + num_rows)
