@@ -36,11 +36,11 @@ MAX_HEAD_DIM = 256
 MAX_SPLITS = 128
 LOG2_E = 1.4426950408889634
 
-_PROGRAMS_PER_SM = 4
-"""Programs wanted at most for each multiprocessor before splitting stops."""
-_TILE_BYTES = 32 * 1024
-"""Of keys and values together. Of 5 stages the block ids take some, so two such tiles are held and
-three programs fit in the shared memory of a Hopper multiprocessor."""
+_LARGE_TILE_BYTES = 64 * 1024
+"""Of keys and values together, for launches with fewer programs than would hide each other's waits.
+"""
+_SMALL_TILE_BYTES = 32 * 1024
+"""For launches that fill every multiprocessor several times over."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,23 +86,29 @@ def choose_tiles(
     """Return the tiles for a launch.
 
     num_queries: T * group, of one kv head. max_context: tokens that a row may attend to, at most;
-    a longer one is computed as well, only in larger parts. None of these choices has been timed;
-    they fit in registers and shared memory by the compiler's report for sm_90.
+    a longer one is computed as well, only in larger parts. For bf16, head dim 128 and groups of 4
+    these were the best or within 3 % of it on an H200 (bench/results/kernels_h200.json); the other
+    sizes fit in registers and shared memory by the compiler's report for sm_90 and are not timed.
     """
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     if dtype is torch.float32:  # without matrix units, products are unrolled in registers
-        most, num_warps, num_stages = 16, 8, 3
+        most = 16
     else:
-        most, num_warps, num_stages = (64 if padded_dim <= 128 else 32), 4, 5
+        most = 64 if padded_dim <= 128 else 32
     block_m = min(most, max(16, triton.next_power_of_2(num_queries)))
-    if block_m == 64:
-        num_stages = 3
-    block_n = min(128, max(16, _TILE_BYTES // (2 * padded_dim * dtype.itemsize)))
     programs = max(1, num_rows * num_kv_heads * triton.cdiv(num_queries, block_m))
+    fills_the_card = programs >= 2 * num_sms
+    if dtype is torch.float32:
+        tile_bytes, num_warps, num_stages = _SMALL_TILE_BYTES, 8, 3
+    elif fills_the_card or block_m == 64 or padded_dim > 128:
+        tile_bytes, num_warps, num_stages = _SMALL_TILE_BYTES, (2 if block_m == 16 else 4), 3
+    else:
+        tile_bytes, num_warps, num_stages = _LARGE_TILE_BYTES, 4, 5
+    block_n = min(128, max(16, tile_bytes // (2 * padded_dim * dtype.itemsize)))
     num_splits = 1
     while (
         num_splits < MAX_SPLITS
-        and 2 * num_splits * programs <= _PROGRAMS_PER_SM * num_sms
+        and 2 * num_splits * programs <= num_sms
         and num_splits * block_n < max_context
     ):
         num_splits *= 2

@@ -1,0 +1,204 @@
+"""Time the GPU's kernels at Llama-3-8B's shapes: `python -m paceline.bench.kernels [--output
+FILE]`.
+
+Every time is of a CUDA graph with many calls on rotating inputs, larger together than the L2 cache,
+divided by the number of calls; the median of several replays. Beside each stand its floor, from the
+read and matrix rates that the same run measures, and PyTorch's own operator where there is one.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from paceline.bench.environment import write_result
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_TOKENS = 32, 8, 128, 16
+PRODUCTS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+"""N, K of x [M, K] times w [N, K] transposed."""
+NUM_ROTATED_BYTES = 512 << 20
+"""Several times the L2 cache: no input is still there when its turn comes again."""
+NUM_REPLAYS = 9
+
+
+def graph_seconds(calls: Sequence[Callable[[], object]]) -> float:
+    """Time one of the calls, each captured once in one graph; the median of replays."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    event: Any = torch.cuda.Event
+    seconds: list[float] = []
+    for _ in range(NUM_REPLAYS):
+        start, end = (event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        seconds.append(start.elapsed_time(end) / 1000 / len(calls))
+    return statistics.median(seconds)
+
+
+def random_bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def read_rate() -> float:
+    """Bytes/s of a reduction over memory far larger than the L2 cache."""
+    data = torch.ones(2 << 30, device="cuda", dtype=torch.uint8).view(torch.float32)
+    return data.nbytes / graph_seconds([data.sum] * 3)
+
+
+def matrix_rate() -> float:
+    """FLOP/s of a large product of random data in bf16."""
+    a, b = random_bf16(8192, 8192), random_bf16(8192, 8192)
+    return 2 * 8192**3 / graph_seconds([lambda: a @ b] * 10)
+
+
+def measure_product(name: str, num_rows: int, rates: tuple[float, float]) -> dict[str, Any]:
+    from paceline.kernels.skinny_matmul_triton import (
+        SkinnyWorkspace,
+        choose_tiles,
+        skinny_matmul_triton,
+        workspace_size,
+    )
+
+    num_outputs, inner = PRODUCTS[name]
+    num_weights = max(2, NUM_ROTATED_BYTES // (2 * num_outputs * inner))
+    weights = [random_bf16(num_outputs, inner) for _ in range(num_weights)]
+    x, out = random_bf16(num_rows, inner), random_bf16(num_rows, num_outputs)
+    tiles = choose_tiles(num_rows, num_outputs, inner, x.dtype)
+    size = workspace_size(num_rows, num_outputs, tiles)
+    workspace = SkinnyWorkspace.allocate(*size, device="cuda")
+
+    def ours(weight: torch.Tensor) -> object:
+        return skinny_matmul_triton(x, weight, out=out, workspace=workspace, tiles=tiles)
+
+    num_bytes = 2 * (num_outputs * inner + num_rows * (inner + num_outputs))
+    return compared(
+        graph_seconds([partial(ours, weight) for weight in weights]),
+        graph_seconds([partial(F.linear, x, weight) for weight in weights]),
+        max(num_bytes / rates[0], 2 * num_rows * num_outputs * inner / rates[1]),
+    )
+
+
+def measure_decode_attention(batch: int, context: int, rates: tuple[float, float]) -> Any:
+    from paceline.kernels.decode_attention_triton import choose_tiles, decode_attention_triton
+
+    num_columns = -(-context // BLOCK_TOKENS)
+    token_bytes = 2 * 2 * NUM_KV_HEADS * HEAD_DIM
+    num_layers = max(2, NUM_ROTATED_BYTES // (batch * context * token_bytes))
+    kv = random_bf16(batch * num_columns, num_layers, NUM_KV_HEADS, 2, BLOCK_TOKENS, HEAD_DIM)
+    order = torch.randperm(batch * num_columns, device="cuda", dtype=torch.int32)
+    tables = order.view(batch, num_columns)
+    lengths = torch.full((batch,), context, device="cuda", dtype=torch.int32)
+    q = random_bf16(batch, 1, NUM_HEADS, HEAD_DIM)
+    out = torch.empty_like(q)
+    tiles = choose_tiles(
+        batch,
+        num_kv_heads=NUM_KV_HEADS,
+        num_queries=NUM_HEADS // NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=q.dtype,
+        max_context=context,
+        num_sms=torch.cuda.get_device_properties(0).multi_processor_count,
+    )
+    workspace = torch.empty(
+        tiles.workspace_elements(batch, NUM_HEADS, HEAD_DIM), device="cuda", dtype=torch.float32
+    )
+
+    def call(layer: int) -> Callable[[], object]:
+        return lambda: decode_attention_triton(
+            q,
+            kv,
+            layer,
+            tables,
+            lengths,
+            HEAD_DIM**-0.5,
+            max_context=context,
+            out=out,
+            workspace=workspace,
+            tiles=tiles,
+        )
+
+    seconds = graph_seconds([call(layer) for layer in range(num_layers)])
+    return compared(seconds, None, batch * context * token_bytes / rates[0])
+
+
+def measure_prefill_attention(num_tokens: int, rates: tuple[float, float]) -> Any:
+    from paceline.kernels.prefill_attention_triton import prefill_attention_triton
+    from paceline.kernels.prefill_tiles import choose_tiles, make_tile_table
+
+    num_blocks = num_tokens // BLOCK_TOKENS
+    kv = random_bf16(num_blocks, 2, NUM_KV_HEADS, 2, BLOCK_TOKENS, HEAD_DIM)
+    tables = torch.randperm(num_blocks, device="cuda", dtype=torch.int32).view(1, -1)
+    lengths = torch.tensor([num_tokens], device="cuda", dtype=torch.int32)
+    offsets = torch.tensor([0, num_tokens], device="cuda", dtype=torch.int32)
+    q = random_bf16(num_tokens, NUM_HEADS, HEAD_DIM)
+    out = torch.empty_like(q)
+    tiles = choose_tiles(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, q.dtype, num_tokens)
+    planned = make_tile_table(np.zeros(1, np.int32), np.array([num_tokens], np.int32), tiles)
+    table = planned._replace(entries=planned.entries.to("cuda"))
+    k = random_bf16(1, NUM_HEADS, num_tokens, HEAD_DIM)
+
+    def ours() -> object:
+        return prefill_attention_triton(
+            q, kv, 0, tables, lengths, offsets, table, HEAD_DIM**-0.5, out=out
+        )
+
+    def theirs() -> object:
+        return F.scaled_dot_product_attention(k, k, k, is_causal=True)
+
+    flops = 2.0 * NUM_HEADS * HEAD_DIM * num_tokens**2
+    seconds = graph_seconds([ours] * 10)
+    result = compared(seconds, graph_seconds([theirs] * 10), flops / rates[1])
+    return result | {"tflop_per_s": flops / seconds / 1e12}
+
+
+def compared(seconds: float, torch_seconds: float | None, floor_s: float) -> dict[str, Any]:
+    return {
+        "us": 1e6 * seconds,
+        "torch_us": None if torch_seconds is None else 1e6 * torch_seconds,
+        "floor_us": 1e6 * floor_s,
+        "over_floor": seconds / floor_s,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path, help="file to write; default: standard output")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rates = (read_rate(), matrix_rate())
+    points = [(1, 1024), (8, 1024), (64, 1024), (256, 1024), (1, 8192), (8, 8192), (64, 8192)]
+    result = {
+        "gpu": torch.cuda.get_device_name(),
+        "read_bytes_per_s": rates[0],
+        "matrix_flop_per_s": rates[1],
+        "products": {
+            f"M={m}": {name: measure_product(name, m, rates) for name in PRODUCTS}
+            for m in (1, 8, 16, 64)
+        },
+        "decode_attention": {
+            f"{batch} x {context}": measure_decode_attention(batch, context, rates)
+            for batch, context in points
+        },
+        "prefill_attention": {
+            str(n): measure_prefill_attention(n, rates) for n in (1024, 2048, 8192, 32768)
+        },
+    }
+    write_result(options.output, "kernels", {"block_tokens": BLOCK_TOKENS, "seed": 0}, result)
+
+
+if __name__ == "__main__":
+    main()
