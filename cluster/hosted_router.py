@@ -8,6 +8,7 @@ from paceline.cluster.launcher import Membership
 from paceline.cluster.model_cache import model_cache_dir
 from paceline.engine.model_config import read_model_config
 from paceline.engine.model_source import prepare_model
+from paceline.errors import ConfigError
 from paceline.router.model import ServedModel
 from paceline.router.placement import Role as PoolRole
 from paceline.router.placement import WorkerMember
@@ -72,9 +73,7 @@ class HostedRouter:
         """Routers own no KV."""
 
     def arm_failpoint(self, specification: str) -> None:
-        raise NotImplementedError(
-            f"routers have no failpoints, and were told to arm {specification}"
-        )
+        raise ConfigError(f"routers have no failpoints, and were told to arm {specification}")
 
     def _prepare(self) -> ServedModel:
         folder = prepare_model(
