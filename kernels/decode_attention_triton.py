@@ -87,8 +87,9 @@ def choose_tiles(
 
     num_queries: T * group, of one kv head. max_context: tokens that a row may attend to, at most;
     a longer one is computed as well, only in larger parts. For bf16, head dim 128 and groups of 4
-    these were the best or within 3 % of it on an H200 (bench/results/kernels_h200.json); the other
-    sizes fit in registers and shared memory by the compiler's report for sm_90 and are not timed.
+    these were within 3 % of the best of a sweep on an H200 whose other tiles are not kept; times
+    with these: bench/results/kernels_h200.json. The other sizes fit in registers and shared memory
+    by the compiler's report for sm_90 and are not timed.
     """
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     if dtype is torch.float32:  # without matrix units, products are unrolled in registers

@@ -38,9 +38,10 @@ def choose_tiles(
 ) -> PrefillTiles:
     """Return the tiles for rows of up to `max_new_tokens`; each different result compiles anew.
 
-    For bf16 and head dim 128 these were within 2 % of the best for 2,048 and 8,192 tokens on an
-    H200 (bench/results/kernels_h200.json). The others are such that, compiled for a Hopper GPU,
-    they fit into its shared memory and registers; they are not timed.
+    For bf16 and head dim 128 these were within 2 % of the best of a sweep on an H200 for 2,048
+    and 8,192 tokens, and slower than others at 1,024; its other tiles are not kept, times with
+    these are in bench/results/kernels_h200.json. The other sizes are such that, compiled for a
+    Hopper GPU, they fit into its shared memory and registers; they are not timed.
     """
     if dtype == torch.float32:  # without matrix units: small tiles, unrolled in registers
         block_m, block_n = (64, 32) if head_dim <= 64 else (64, 16) if head_dim <= 128 else (32, 16)

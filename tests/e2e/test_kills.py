@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from deployment import Deployment, Output, run_deployment, token_request
-from tiny_models import VOCAB_SIZE, greedy_reference, prepare, write_tiny_model
+from reference import greedy_tokens
+from tiny_models import VOCAB_SIZE, prepare, write_tiny_model
 
 NUM_TOKENS = 24
 LENGTHS = (150, 90, 120)
@@ -90,7 +91,7 @@ async def check_moments(path: Path, transport: str, moments: list[str]) -> None:
         model, folder, path, path / "undisturbed.log", **options
     ) as undisturbed:
         expected = [await run_requests(undisturbed, number) for number, _ in scenarios]
-    greedy = greedy_reference(reference, make_prompts(0)[0], NUM_TOKENS)
+    greedy = greedy_tokens(reference, make_prompts(0)[0], NUM_TOKENS)
     assert expected[0][0].tokens[0] == greedy
     async with run_deployment(model, folder, path, path / "killed.log", **options) as deployment:
         for number, (moment, victim) in scenarios:

@@ -7,7 +7,8 @@ from pathlib import Path
 import grpc
 import pytest
 from deployment import Deployment, run_deployment, token_request
-from tiny_models import greedy_reference, prepare, write_tiny_model
+from reference import greedy_tokens
+from tiny_models import prepare, write_tiny_model
 
 PROMPT = [5 + 3 * position % 200 for position in range(70)]
 
@@ -32,7 +33,7 @@ async def test_scaling_a_pool_down_under_load_fails_no_request(tmp_path: Path) -
         outputs = await asyncio.gather(*running)
         await deployment.assert_nothing_left()
     for prompt, output in zip(prompts, outputs, strict=True):
-        assert output.tokens[0] == greedy_reference(reference, prompt, 200)
+        assert output.tokens[0] == greedy_tokens(reference, prompt, 200)
 
 
 class Stream:
@@ -93,4 +94,4 @@ async def test_requests_wait_for_workers_that_are_still_starting(tmp_path: Path)
         waiting = asyncio.create_task(deployment.generate(token_request(PROMPT, max_tokens=5)))
         await deployment.join(deployment.spawn("prefill"))
         output = await waiting
-        assert output.tokens[0] == greedy_reference(reference, PROMPT, 5)
+        assert output.tokens[0] == greedy_tokens(reference, PROMPT, 5)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from deployment import Deployment, Output, run_deployment, token_request
-from reference import Reference
-from tiny_models import CONFIGS, VOCAB_SIZE, greedy_reference, prepare, write_tiny_model
+from reference import Reference, greedy_tokens
+from tiny_models import CONFIGS, VOCAB_SIZE, prepare, write_tiny_model
 
 NUM_TOKENS = 20
 COLOCATED = {"num_prefill": 0, "decode": {"local_prefill_tokens": "unlimited"}}
@@ -54,7 +54,7 @@ async def test_greedy_output_is_transformers_output(tmp_path: Path, transport: s
         prefill={"max_num_batched_tokens": 32},
     )
     for prompt, output in zip(prompts, outputs, strict=True):
-        assert output.tokens[0] == greedy_reference(reference, prompt, NUM_TOKENS)
+        assert output.tokens[0] == greedy_tokens(reference, prompt, NUM_TOKENS)
 
 
 async def test_the_colocated_form_gives_the_same_output(tmp_path: Path) -> None:

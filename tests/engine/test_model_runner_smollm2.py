@@ -5,8 +5,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 import transformers
-from model_references import greedy_tokens, smollm2_by_transformers
+from model_references import smollm2_by_transformers
 from platformdirs import user_cache_path
+from reference import greedy_tokens
 from runner_driver import Row, RunnerDriver
 from tokenizers import Tokenizer
 

@@ -80,20 +80,3 @@ def smollm2_by_transformers(folder: Path) -> transformers.PreTrainedModel:
     # Not a parameter, so not in the file: computed anew, away from the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     return model.eval()
-
-
-def greedy_tokens(
-    model: transformers.PreTrainedModel, prompt: list[int], num_tokens: int
-) -> list[int]:
-    """transformers' greedy continuation, not stopped by the end of sequence."""
-    with torch.inference_mode():
-        output = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return [int(token) for token in output[0, len(prompt) :]]

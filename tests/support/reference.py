@@ -41,3 +41,20 @@ class Reference:
             )
             self.num_excused += 1
         self._checked.add(key)
+
+
+def greedy_tokens(
+    model: transformers.PreTrainedModel, prompt: list[int], num_tokens: int
+) -> list[int]:
+    """transformers' greedy continuation, not stopped by the end of sequence."""
+    with torch.inference_mode():
+        output = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return [int(token) for token in output[0, len(prompt) :]]

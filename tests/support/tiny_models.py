@@ -67,20 +67,3 @@ def prepare(folder: Path, cache: Path) -> tuple[dict[str, Any], ModelFolder]:
     """Give what a deployment needs of a model's folder."""
     settings = {"path": str(folder), "dtype": "float32"}
     return settings, prepare_model(ModelSettings(**settings), cache, lambda name, share: None)
-
-
-def greedy_reference(
-    model: transformers.PreTrainedModel, prompt: list[int], num_tokens: int
-) -> list[int]:
-    """transformers' own greedy continuation, not stopped by the end of sequence."""
-    with torch.inference_mode():
-        output = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return [int(token) for token in output[0, len(prompt) :]]
