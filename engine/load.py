@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from paceline.engine.cpu.model_runner import CpuModelRunner
+from paceline.engine.cpu.sampler import Sampler
 from paceline.engine.kv_pool import (
     TORCH_DTYPES,
     KvPool,
@@ -13,11 +15,9 @@ from paceline.engine.kv_pool import (
     num_blocks_that_fit,
 )
 from paceline.engine.model_config import ModelConfig, read_model_config
-from paceline.engine.model_runner import TorchModelRunner
 from paceline.engine.model_source import ModelFolder
 from paceline.engine.models.llama import LlamaModel
 from paceline.engine.parallel import ParallelContext
-from paceline.engine.sampler import Sampler
 from paceline.engine.settings import ModelSettings
 from paceline.engine.weights import dummy_weights, load_weights
 from paceline.errors import ConfigError
@@ -32,7 +32,7 @@ class LoadedEngine:
     """A model ready to run."""
 
     config: ModelConfig
-    runner: TorchModelRunner
+    runner: CpuModelRunner
     pool: KvPool
     model_revision: str
     max_model_len: int
@@ -95,7 +95,8 @@ def load_engine(
     )
     memory = allocate(num_blocks * layout.block_bytes)
     pool = KvPool(layout, memory.view(num_blocks, layout.block_bytes))
-    runner = TorchModelRunner(
+    runner = CpuModelRunner(
+        config,
         LlamaModel(config, weights, parallel),
         Sampler(max_num_seqs, config.vocab_size, config.eos_token_ids, "cpu"),
         pool,

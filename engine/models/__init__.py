@@ -1,1 +1,1 @@
-"""Models: layers over the kernels. One file a family; a model is a function of a StepBatch."""
+"""Models: layers over the kernels. One file a family; a model is a function of StepKernels."""

@@ -10,10 +10,11 @@ import torch
 from model_references import logits_of, write_model
 from safetensors.torch import load_file, save_file
 
+from paceline.engine.cpu.step_batch import DecodeRows, PrefillRow, StepBatch
+from paceline.engine.cpu.step_kernels import CpuStepKernels
 from paceline.engine.model_config import read_model_config
 from paceline.engine.models.llama import LlamaModel
 from paceline.engine.parallel import ParallelContext
-from paceline.engine.step_batch import DecodeRows, PrefillRow, StepBatch
 from paceline.engine.weights import dummy_weights, load_weights, tensor_specs
 from paceline.errors import ConfigError
 from paceline.kernels.prefill_attention import plan_context
@@ -201,7 +202,7 @@ def test_two_ranks_together_compute_what_one_does(
         )
         with torch.inference_mode():
             outputs[rank] = LlamaModel(config, load(tmp_path, parallel), parallel).forward(
-                batch, kv
+                CpuStepKernels(config, batch, kv)
             )
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]

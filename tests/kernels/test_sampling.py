@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.engine.random_stream import RandomStreams
+from paceline.engine.cpu.random_stream import RandomStreams
 from paceline.kernels.sampling import (
     HEAD_NATS,
     apply_penalties_,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from triton_device import device
 
-from paceline.engine.random_stream import RandomStreams
-from paceline.engine.sampler import Sampler
+from paceline.engine.cpu.random_stream import RandomStreams
+from paceline.engine.cpu.sampler import Sampler
 from paceline.engine.step_plan import SlotStart
 from paceline.kernels.gumbel_triton import TAIL_DRAW, random_words_triton
 from paceline.kernels.sampling_triton import (

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from paceline.engine.cpu.model_runner import CpuModelRunner
 from paceline.engine.kv_pool import KvPool
 from paceline.engine.model_config import ModelConfig, read_model_config
-from paceline.engine.model_runner import TorchModelRunner
 from paceline.engine.models.llama import LlamaModel
 from paceline.engine.parallel import ParallelContext
 from paceline.engine.step_plan import Int32Array, SlotStart, StepPlan, StepResult
@@ -81,7 +81,8 @@ class RunnerDriver:
         self.pool = KvPool(layout, memory)
         self.sampler = ArgmaxSampler()
         self.block_tokens = block_tokens
-        self.runner = TorchModelRunner(
+        self.runner = CpuModelRunner(
+            self.config,
             LlamaModel(self.config, weights),
             self.sampler,
             self.pool,

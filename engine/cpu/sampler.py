@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paceline.engine.random_stream import RandomStreams
-from paceline.engine.seen_tokens import SeenTokens
+from paceline.engine.cpu.random_stream import RandomStreams
+from paceline.engine.cpu.seen_tokens import SeenTokens
 from paceline.engine.step_plan import Int32Array, SlotStart
 from paceline.errors import ConfigError, IntegrityError
 from paceline.kernels.sampling import (

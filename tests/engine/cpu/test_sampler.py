@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.engine.random_stream import RandomStreams
-from paceline.engine.sampler import Sampler
+from paceline.engine.cpu.random_stream import RandomStreams
+from paceline.engine.cpu.sampler import Sampler
 from paceline.engine.step_plan import SlotStart
 from paceline.errors import ConfigError, IntegrityError
 from paceline.kernels.sampling import HEAD_NATS, MAX_VOCAB_SIZE, TAIL_DRAW

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.engine.random_stream import RandomStreams, philox4x32
+from paceline.engine.cpu.random_stream import RandomStreams, philox4x32
 
 WORD = 2**32
 

@@ -6,8 +6,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from paceline.engine.cpu.step_batch import make_step_batch
+from paceline.engine.cpu.step_kernels import CpuStepKernels
 from paceline.engine.kv_pool import KvPool
-from paceline.engine.step_batch import StepBatch, make_step_batch
+from paceline.engine.model_config import ModelConfig
+from paceline.engine.step_kernels import StepKernels
 from paceline.engine.step_plan import Int32Array, SlotStart, StepPlan, StepResult
 from paceline.kernels.block_copy import block_copy
 from paceline.request import TopLogprobs
@@ -16,11 +19,8 @@ from paceline.request import TopLogprobs
 class StepModel(Protocol):
     """A model as the runner sees it."""
 
-    windows: frozenset[int | None]
-    """The attention windows of its layers."""
-
-    def forward(self, batch: StepBatch, kv: torch.Tensor) -> torch.Tensor:
-        """Write the step's keys and values; return float32 logits [S, vocab_size]."""
+    def forward(self, kernels: StepKernels) -> torch.Tensor:
+        """Write the step's keys and values; return logits [S, vocab_size]."""
 
 
 class Sampled(Protocol):
@@ -59,11 +59,12 @@ class FinishedStep(NamedTuple):
         return self.outcome
 
 
-class TorchModelRunner:
+class CpuModelRunner:
     """ModelRunner that computes each step within `launch`, as CPUs do."""
 
     def __init__(
         self,
+        config: ModelConfig,
         model: StepModel,
         sampler: StepSampler,
         pool: KvPool,
@@ -73,6 +74,8 @@ class TorchModelRunner:
     ) -> None:
         block_tokens = pool.layout.block_tokens
         self.max_num_slots = max_num_slots
+        self._config = config
+        self._windows = frozenset(config.windows)
         self._model = model
         self._sampler = sampler
         self._pool: KvPool | None = pool
@@ -107,13 +110,13 @@ class TorchModelRunner:
             )
         if not len(plan.slots):
             return StepResult(plan.step_id, np.empty(0, np.int32))
-        batch = make_step_batch(
-            plan, self._tables, self._last_samples, pool.kv, self._model.windows
-        )
-        logits = self._model.forward(batch, pool.kv)
+        batch = make_step_batch(plan, self._tables, self._last_samples, pool.kv, self._windows)
+        logits = self._model.forward(CpuStepKernels(self._config, batch, pool.kv))
         if not len(plan.sample_slots):
             return StepResult(plan.step_id, np.empty(0, np.int32))
-        sampled = self._sampler.sample(logits, plan.sample_slots, plan.sample_indices)
+        sampled = self._sampler.sample(
+            logits.to(torch.float32), plan.sample_slots, plan.sample_indices
+        )
         token_ids = sampled.token_ids.numpy()
         self._last_samples[plan.sample_slots] = token_ids
         return StepResult(plan.step_id, token_ids.astype(np.int32), sampled.logprobs)

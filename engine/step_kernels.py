@@ -1,0 +1,50 @@
+"""What a model is made of, as it sees it: the operations of one step, whatever the device.
+
+cpu/step_kernels    PyTorch's operators, over a plan resolved on the CPU
+gpu/step_kernels    Triton kernels, over a plan resolved on the GPU
+"""
+
+from typing import Protocol
+
+import torch
+
+
+class StepKernels(Protocol):
+    """Operations over the T tokens of one step, in row order. Called in the order of the layers."""
+
+    def embed(self, table: torch.Tensor) -> torch.Tensor:
+        """Return the tokens' rows of the table, [T, hidden]."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return the norm of each row."""
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Add x to `residual` in place; return the norm of the sum's rows."""
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return x W^T + b."""
+
+    def gated_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return silu(g) * u, where g and u are the halves of x W^T + b."""
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        layer: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Rotate queries and keys, write keys and values into the pool, attend to the contexts.
+
+        qkv: [T, (num_heads + 2 num_kv_heads) head_dim]; may be overwritten. Returns [T, num_heads *
+        head_dim].
+        """
+
+    def take_sampled(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the rows whose logits are sampled, [S, ...]: `x` itself if these are all rows."""
