@@ -7,8 +7,7 @@ read and matrix rates that the same run measures, and PyTorch's own operator whe
 """
 
 import argparse
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,54 +17,16 @@ import torch
 import torch.nn.functional as F
 
 from paceline.bench.environment import write_result
+from paceline.bench.gpu_rates import Rates, graph_seconds, measure_rates, random_bf16
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_TOKENS = 32, 8, 128, 16
 PRODUCTS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 """N, K of x [M, K] times w [N, K] transposed."""
 NUM_ROTATED_BYTES = 512 << 20
 """Several times the L2 cache: no input is still there when its turn comes again."""
-NUM_REPLAYS = 9
 
 
-def graph_seconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Time one of the calls, each captured once in one graph; the median of replays."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    event: Any = torch.cuda.Event
-    seconds: list[float] = []
-    for _ in range(NUM_REPLAYS):
-        start, end = (event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(start.elapsed_time(end) / 1000 / len(calls))
-    return statistics.median(seconds)
-
-
-def random_bf16(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-
-
-def read_rate() -> float:
-    """Bytes/s of a reduction over memory far larger than the L2 cache."""
-    data = torch.ones(2 << 30, device="cuda", dtype=torch.uint8).view(torch.float32)
-    return data.nbytes / graph_seconds([data.sum] * 3)
-
-
-def matrix_rate() -> float:
-    """FLOP/s of a large product of random data in bf16."""
-    a, b = random_bf16(8192, 8192), random_bf16(8192, 8192)
-    return 2 * 8192**3 / graph_seconds([lambda: a @ b] * 10)
-
-
-def measure_product(name: str, num_rows: int, rates: tuple[float, float]) -> dict[str, Any]:
+def measure_product(name: str, num_rows: int, rates: Rates) -> dict[str, Any]:
     from paceline.kernels.skinny_matmul_triton import (
         SkinnyWorkspace,
         choose_tiles,
@@ -88,11 +49,11 @@ def measure_product(name: str, num_rows: int, rates: tuple[float, float]) -> dic
     return compared(
         graph_seconds([partial(ours, weight) for weight in weights]),
         graph_seconds([partial(F.linear, x, weight) for weight in weights]),
-        max(num_bytes / rates[0], 2 * num_rows * num_outputs * inner / rates[1]),
+        rates.floor_s(num_bytes, 2 * num_rows * num_outputs * inner),
     )
 
 
-def measure_decode_attention(batch: int, context: int, rates: tuple[float, float]) -> Any:
+def measure_decode_attention(batch: int, context: int, rates: Rates) -> Any:
     from paceline.kernels.decode_attention_triton import choose_tiles, decode_attention_triton
 
     num_columns = -(-context // BLOCK_TOKENS)
@@ -132,10 +93,10 @@ def measure_decode_attention(batch: int, context: int, rates: tuple[float, float
         )
 
     seconds = graph_seconds([call(layer) for layer in range(num_layers)])
-    return compared(seconds, None, batch * context * token_bytes / rates[0])
+    return compared(seconds, None, batch * context * token_bytes / rates.read_bytes_per_s)
 
 
-def measure_prefill_attention(num_tokens: int, rates: tuple[float, float]) -> Any:
+def measure_prefill_attention(num_tokens: int, rates: Rates) -> Any:
     from paceline.kernels.prefill_attention_triton import prefill_attention_triton
     from paceline.kernels.prefill_tiles import choose_tiles, make_tile_table
 
@@ -161,7 +122,7 @@ def measure_prefill_attention(num_tokens: int, rates: tuple[float, float]) -> An
 
     flops = 2.0 * NUM_HEADS * HEAD_DIM * num_tokens**2
     seconds = graph_seconds([ours] * 10)
-    result = compared(seconds, graph_seconds([theirs] * 10), flops / rates[1])
+    result = compared(seconds, graph_seconds([theirs] * 10), flops / rates.matrix_flop_per_s)
     return result | {"tflop_per_s": flops / seconds / 1e12}
 
 
@@ -179,12 +140,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="file to write; default: standard output")
     options = parser.parse_args()
     torch.manual_seed(0)
-    rates = (read_rate(), matrix_rate())
+    rates = measure_rates()
     points = [(1, 1024), (8, 1024), (64, 1024), (256, 1024), (1, 8192), (8, 8192), (64, 8192)]
     result = {
         "gpu": torch.cuda.get_device_name(),
-        "read_bytes_per_s": rates[0],
-        "matrix_flop_per_s": rates[1],
+        **rates._asdict(),
         "products": {
             f"M={m}": {name: measure_product(name, m, rates) for name in PRODUCTS}
             for m in (1, 8, 16, 64)

@@ -16,6 +16,7 @@ import ray
 
 from paceline.cluster.control_service import ControlServer, ControlServicer
 from paceline.cluster.controller import Controller
+from paceline.cluster.devices import restrict_gpus
 from paceline.cluster.hosted import BuildHosted, HostContext, Hosted, HostedLoad
 from paceline.cluster.launcher import (
     LoadProgress,
@@ -27,6 +28,7 @@ from paceline.cluster.launcher import (
 )
 from paceline.cluster.process_state import ProcessName, ProcessState
 from paceline.cluster.ray_launcher import RayLauncher
+from paceline.cluster.resources import pool_settings
 from paceline.cluster.settings import DeploymentSettings
 from paceline.errors import PacelineError
 
@@ -106,11 +108,14 @@ class ProcessActor:
             name=self._name,
             settings=self._settings,
             host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
-            on_step=lambda name, seconds: self._steps.append(StartupStep(name, seconds)),
+            on_step=self._stepped,
             on_progress=self._progressed,
             on_failure=failed,
         )
         try:
+            role = self._name.role
+            pool = pool_settings(self._settings, role) if role.is_worker else None
+            restrict_gpus(pool, os.environ)
             self._hosted = self._build(context)
             address = await self._hosted.start()
         except Exception as error:
@@ -118,6 +123,10 @@ class ProcessActor:
             raise ProcessDiedError(_cause(error)) from None
         self._is_started = True
         return Started(address, os.getpid())
+
+    def _stepped(self, name: str, seconds: float) -> None:
+        self._steps.append(StartupStep(name, seconds))
+        self._loading = None
 
     def _progressed(self, what: str, share: float) -> None:
         self._loading = LoadProgress(what, share)

@@ -24,7 +24,7 @@ from paceline.cluster.launcher import (
 from paceline.cluster.plan import Action, Drain, Start, Stop, plan
 from paceline.cluster.process_state import ProcessName, ProcessState, Role
 from paceline.cluster.resources import check_capacity
-from paceline.cluster.settings import DeploymentSettings, missing_prefill_problem
+from paceline.cluster.settings import DeploymentSettings, prefill_size_problem
 from paceline.cluster.supervised import Supervised, members_of
 from paceline.errors import ConfigError, InvalidRequestError, PacelineError
 from paceline.errors import FieldViolation as Violation
@@ -100,7 +100,7 @@ class Controller:
     async def scale(self, sizes: Mapping[str, int]) -> dict[Role, int]:
         """Change the wanted sizes of pools; returns those of all. Raises without changing any."""
         wanted = self.wanted | self._checked_pools(sizes)
-        problem = missing_prefill_problem(wanted[Role.PREFILL], self.settings.decode)
+        problem = prefill_size_problem(self.settings, wanted[Role.PREFILL])
         if problem is not None:
             raise ConfigError(problem)
         num_more = {
@@ -129,7 +129,7 @@ class Controller:
             )
         role = ready.name.role
         sizes = self._checked_pools({role.value: self.wanted[role] - 1})
-        problem = missing_prefill_problem((self.wanted | sizes)[Role.PREFILL], self.settings.decode)
+        problem = prefill_size_problem(self.settings, (self.wanted | sizes)[Role.PREFILL])
         if problem is not None:
             raise ConfigError(problem)
         self.wanted |= sizes

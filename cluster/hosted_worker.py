@@ -10,10 +10,12 @@ from paceline.cluster.launcher import Membership
 from paceline.cluster.model_cache import model_cache_dir
 from paceline.cluster.process_state import Role
 from paceline.engine.model_source import ModelFolder, prepare_model
+from paceline.kv_transfer.settings import KvSettings
 
 if TYPE_CHECKING:
     from paceline.worker.process import WorkerProcess
 
+ANY_ADDRESS = "0.0.0.0"
 STOP_TIMEOUT_S = 5.0
 
 
@@ -96,7 +98,7 @@ class HostedWorker:
             host=context.host,
             model=settings.model,
             model_folder=folder,
-            kv=settings.kv,
+            kv=_kv_settings(context),
         )
         threads = {"num_threads": num_threads}
         if context.name.role is Role.PREFILL:
@@ -104,6 +106,14 @@ class HostedWorker:
             return prefill_process.build(spec, prefill, context.on_failure)
         decode = settings.decode.model_copy(update=threads)
         return decode_process.build(spec, decode, context.on_failure)
+
+
+def _kv_settings(context: HostContext) -> KvSettings:
+    """Put this node's own address where the settings, which all nodes share, name any."""
+    kv = context.settings.kv
+    if kv.listen_host != ANY_ADDRESS:
+        return kv
+    return kv.model_copy(update={"listen_host": context.host})
 
 
 def _num_threads(context: HostContext) -> int:

@@ -140,6 +140,8 @@ def _environment(settings: RaySettings) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(settings.head_outage_s),
+        # Each worker sees the GPU that is reserved for it, and no other.
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0",
         "RAY_worker_niceness": "0",  # Ray's 15 would put workers behind everything else
     }
 

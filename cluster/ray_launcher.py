@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
+from paceline.cluster.devices import GPU, worker_resources
 from paceline.cluster.hosted import BuildHosted
 from paceline.cluster.launcher import (
     Capacity,
@@ -127,7 +128,7 @@ class RayLauncher:
     async def launch(self, name: ProcessName) -> RayProcess:
         resources: dict[str, float] = {}
         if name.role.is_worker:
-            resources = dict(pool_settings(self._settings, name.role).resources)
+            resources = worker_resources(pool_settings(self._settings, name.role))
         actor: ActorHandle[Any] = (
             ray.remote(self._actor_class)  # type: ignore[assignment]
             .options(
@@ -137,7 +138,7 @@ class RayLauncher:
                 max_restarts=0,  # the controller replaces it, under a new incarnation
                 max_concurrency=1000,
                 num_cpus=resources.pop("CPU", 0.0),
-                num_gpus=resources.pop("GPU", 0.0),
+                num_gpus=resources.pop(GPU, 0.0),
                 resources=resources,
             )
             .remote(name, self._settings, self._build)

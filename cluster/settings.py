@@ -8,6 +8,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from paceline.cluster.devices import device_problems, mixed_devices_problem
 from paceline.decode_worker.settings import DecodeSettings
 from paceline.engine.settings import ModelSettings
 from paceline.kv_transfer.settings import KvSettings
@@ -131,10 +132,11 @@ class DeploymentSettings(BaseModel):
         return self
 
 
-def missing_prefill_problem(num_prefill: int, decode: DecodeSettings) -> str | None:
+def prefill_size_problem(settings: DeploymentSettings, num_prefill: int) -> str | None:
     """Say why a deployment cannot serve with this many prefill workers, if it cannot."""
+    decode = settings.decode
     if num_prefill > 0 or decode.local_prefill_tokens == "unlimited":
-        return None
+        return mixed_devices_problem(settings, num_prefill)
     return (
         f"prefill has 0 workers and decode.local_prefill_tokens is {decode.local_prefill_tokens}, "
         "so nobody could compute prompts; set decode.local_prefill_tokens to unlimited, or keep at "
@@ -145,9 +147,10 @@ def missing_prefill_problem(num_prefill: int, decode: DecodeSettings) -> str | N
 def _problems(settings: DeploymentSettings) -> Iterator[str]:
     if settings.decode.replicas == 0:
         yield "decode.replicas is 0, so nobody could stream tokens; it must be at least 1"
-    problem = missing_prefill_problem(settings.prefill.replicas, settings.decode)
+    problem = prefill_size_problem(settings, settings.prefill.replicas)
     if problem is not None:
         yield problem
+    yield from device_problems(settings)
     if settings.router.replicas > 1 and settings.router.grpc_port != 0:
         yield (
             f"router.replicas is {settings.router.replicas} and router.grpc_port is "

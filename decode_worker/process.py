@@ -56,7 +56,7 @@ def build(
         return WiredCore(core, connect, Intake(core, parts.mailbox), _no_reader_lost, _no_release)
 
     local_prefill = settings.max_local_prefill_tokens
-    kind = KindOfWorker(2**32 - 1 if local_prefill is None else local_prefill, build_core)
+    kind = KindOfWorker(True, 2**32 - 1 if local_prefill is None else local_prefill, build_core)
     return WorkerProcess(spec, settings, kind, on_failure)
 
 

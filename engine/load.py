@@ -1,8 +1,11 @@
 """Load a model and its pool: everything a worker's engine thread needs to run steps."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,13 +21,21 @@ from paceline.engine.model_config import ModelConfig, read_model_config
 from paceline.engine.model_source import ModelFolder
 from paceline.engine.models.llama import LlamaModel
 from paceline.engine.parallel import ParallelContext
-from paceline.engine.settings import ModelSettings
+from paceline.engine.settings import EngineSettings, ModelSettings
+from paceline.engine.step_plan import ModelRunner
 from paceline.engine.weights import dummy_weights, load_weights
 from paceline.errors import ConfigError
 from paceline.kv_layout import KvLayout, attention_layout
 
+if TYPE_CHECKING:
+    from paceline.engine.gpu.memory import MemoryPlan  # late: its package needs Triton
+
 OnStep = Callable[[str, float], None]
-"""Called with (what is being done, share of it that is done); 1.0 ends each."""
+"""Called with (step of the checklist, seconds that it took)."""
+OnProgress = Callable[[str, float], None]
+"""Called with (what is being done, share of it that is done)."""
+OnCpu = Callable[[int], torch.Tensor]
+"""Returns that many bytes of zeroed CPU memory, uint8 [num_bytes], which stays the caller's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,11 +43,15 @@ class LoadedEngine:
     """A model ready to run."""
 
     config: ModelConfig
-    runner: CpuModelRunner
+    runner: ModelRunner
     pool: KvPool
     model_revision: str
     max_model_len: int
     """Tokens of prompt and output together."""
+    overlap: bool
+    """Whether a step should be launched while the one before it runs."""
+    memory: "MemoryPlan | None" = None
+    """Of a GPU."""
 
     @property
     def layout(self) -> KvLayout:
@@ -46,30 +61,33 @@ class LoadedEngine:
     def num_blocks(self) -> int:
         return self.pool.num_blocks
 
+    @property
+    def device(self) -> torch.device:
+        return self.pool.blocks.device
+
 
 def load_engine(
     model: ModelSettings,
     folder: ModelFolder,
+    settings: EngineSettings,
     *,
     block_tokens: int,
-    num_kv_blocks: int | None,
-    kv_cache_bytes: int,
-    max_num_seqs: int,
-    num_threads: int | None,
-    allocate: Callable[[int], torch.Tensor],
-    on_step: OnStep,
+    allocate: OnCpu,
+    on_step: OnStep = lambda name, seconds: None,
+    on_progress: OnProgress = lambda name, share: None,
+    decodes: bool = True,
     parallel: ParallelContext = ParallelContext(),  # noqa: B008 (frozen)
 ) -> LoadedEngine:
-    """Load weights, then allocate the pool.
+    """Load weights, then allocate the pool: by `allocate` on a CPU, else on the device.
 
-    `allocate` returns that many bytes of zeroed memory, uint8 [num_bytes]; it stays the caller's.
-    Sets the number of torch's threads in this process (None leaves it). Raises ConfigError and
-    CapacityError.
+    decodes: whether decode steps are worth preparing for. Sets the number of torch's threads in
+    this process. Raises ConfigError and CapacityError.
     """
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    device = _device(settings)
     config = read_model_config(folder.path)
-    dtype = _dtype(model, config)
+    dtype = _dtype(model, config, device)
     max_model_len = _max_model_len(model, config, folder.path)
     layout = attention_layout(
         num_layers=config.num_layers,
@@ -78,44 +96,109 @@ def load_engine(
         block_tokens=block_tokens,
         dtype=dtype,
     )
+    timed = _Checklist(on_step)
+    weights = _load_weights(model, folder, config, dtype, device, parallel, timed, on_progress)
+    llama = LlamaModel(config, weights, parallel)
+    # Random weights are not the same on every kind of device.
+    source = f"-{device.type}" if model.load_format == "dummy" and device.type != "cpu" else ""
+    revision = f"{folder.revision}-{dtype}{source}"
+    if device.type == "cpu":
+        with timed("allocate the KV pool"):
+            pool = _cpu_pool(layout, settings, allocate)
+            runner: ModelRunner = CpuModelRunner(
+                config,
+                llama,
+                Sampler(settings.max_num_seqs, config.vocab_size, config.eos_token_ids, "cpu"),
+                pool,
+                max_num_slots=settings.max_num_seqs,
+                max_model_len=max_model_len,
+            )
+        return LoadedEngine(config, runner, pool, revision, max_model_len, overlap=False)
+    from paceline.engine.gpu.build import GpuBuild, build_runner
+
+    num_heads = parallel.share(config.num_heads, "attention heads")
+    runner, pool, memory = build_runner(
+        GpuBuild(config, llama, num_heads, layout, settings, max_model_len, device),
+        captures=decodes and not settings.enforce_eager,
+        timed=timed,
+        on_progress=on_progress,
+    )
+    return LoadedEngine(
+        config, runner, pool, revision, max_model_len, settings.async_scheduling, memory
+    )
+
+
+class _Checklist:
+    """Times the steps of starting up."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self._on_step = on_step
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._on_step(name, time.monotonic() - started)
+
+
+def _load_weights(
+    model: ModelSettings,
+    folder: ModelFolder,
+    config: ModelConfig,
+    dtype: str,
+    device: torch.device,
+    parallel: ParallelContext,
+    timed: _Checklist,
+    on_progress: OnProgress,
+) -> dict[str, torch.Tensor]:
+    started = time.monotonic()
 
     def on_bytes(done: int, total: int) -> None:
-        on_step("Loading weights", done / total)
+        rate = done / max(1e-9, time.monotonic() - started) / 1e9
+        on_progress(f"Loading weights, {rate:.1f} GB/s", done / total)
 
-    if model.load_format == "dummy":
-        weights = dummy_weights(config, TORCH_DTYPES[dtype], parallel, on_bytes)
-    else:
-        weights = load_weights(folder.path, config, TORCH_DTYPES[dtype], parallel, on_bytes)
-    on_step("Allocating the KV pool", 0.0)
+    kind = TORCH_DTYPES[dtype]
+    with timed("load weights"):
+        if model.load_format == "dummy":
+            return dummy_weights(config, kind, parallel, on_bytes, device=device)
+        return load_weights(folder.path, config, kind, parallel, on_bytes, device=device)
+
+
+def _cpu_pool(layout: KvLayout, settings: EngineSettings, allocate: OnCpu) -> KvPool:
     num_blocks = num_blocks_that_fit(
         layout,
-        num_kv_blocks=num_kv_blocks,
-        kv_cache_bytes=kv_cache_bytes,
+        num_kv_blocks=settings.num_kv_blocks,
+        kv_cache_bytes=settings.cpu_kv_cache_bytes,
         available_bytes=available_memory_bytes(),
     )
     memory = allocate(num_blocks * layout.block_bytes)
-    pool = KvPool(layout, memory.view(num_blocks, layout.block_bytes))
-    runner = CpuModelRunner(
-        config,
-        LlamaModel(config, weights, parallel),
-        Sampler(max_num_seqs, config.vocab_size, config.eos_token_ids, "cpu"),
-        pool,
-        max_num_slots=max_num_seqs,
-        max_model_len=max_model_len,
-    )
-    on_step("Allocating the KV pool", 1.0)
-    return LoadedEngine(config, runner, pool, f"{folder.revision}-{dtype}", max_model_len)
+    return KvPool(layout, memory.view(num_blocks, layout.block_bytes))
 
 
-def _dtype(model: ModelSettings, config: ModelConfig) -> str:
-    if model.dtype != "auto":
-        return model.dtype
-    if config.dtype == "float16":
+def _device(settings: EngineSettings) -> torch.device:
+    if settings.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        build = torch.version.cuda
+        reason = (
+            "torch was built without CUDA: install one of its CUDA builds"
+            if build is None
+            else f"torch {torch.__version__} for CUDA {build} finds no GPU: check nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES, and that resources reserve one ({GPU: 1})"
+        )
+        raise ConfigError(f"device is cuda, and {reason}. Or set device to cpu.")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _dtype(model: ModelSettings, config: ModelConfig, device: torch.device) -> str:
+    dtype = config.dtype if model.dtype == "auto" else model.dtype
+    if dtype == "float16" and device.type == "cpu":
+        whose = "The model's own dtype" if model.dtype == "auto" else "model.dtype"
         raise ConfigError(
-            "The model's own dtype is float16, and CPUs compute it slowly and with overflows. "
+            f"{whose} is float16, and CPUs compute it slowly and with overflows. "
             "Set model.dtype to float32 or bfloat16."
         )
-    return config.dtype
+    return dtype
 
 
 def _max_model_len(model: ModelSettings, config: ModelConfig, folder: Path) -> int:

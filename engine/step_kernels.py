@@ -48,3 +48,10 @@ class StepKernels(Protocol):
 
     def take_sampled(self, x: torch.Tensor) -> torch.Tensor:
         """Return the rows whose logits are sampled, [S, ...]: `x` itself if these are all rows."""
+
+
+class StepModel(Protocol):
+    """A model as runners see it."""
+
+    def forward(self, kernels: StepKernels) -> torch.Tensor:
+        """Write the step's keys and values; return logits [S, vocab_size]."""

@@ -67,7 +67,9 @@ class StepPlan:
     """[S] output index of the sampled token: with (seed, choice) the key of its random bits."""
     slot_starts: Sequence[SlotStart] = ()
     table_slots: Int32Array = field(default_factory=lambda: EMPTY)
-    """[C] block_table[table_slots[c], table_columns[c]] = table_blocks[c]"""
+    """[C] block_table[table_slots[c], table_columns[c]] = table_blocks[c], each entry once: a GPU
+    sets them all at the same time.
+    """
     table_columns: Int32Array = field(default_factory=lambda: EMPTY)
     table_blocks: Int32Array = field(default_factory=lambda: EMPTY)
     copy_sources: Int32Array = field(default_factory=lambda: EMPTY)
@@ -102,6 +104,20 @@ class StepHandle(Protocol):
 
         Raises what the step raised; the pool's blocks that it wrote are then garbage.
         """
+
+
+class FinishedStep(NamedTuple):
+    """A handle of a step that has ended, well or not."""
+
+    outcome: StepResult | Exception
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> StepResult:
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
 
 
 class ModelRunner(Protocol):

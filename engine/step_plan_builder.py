@@ -25,9 +25,8 @@ class StepPlanBuilder:
         self._sample_positions: list[Int32Array] = []
         self._sample_slots: list[Int32Array] = []
         self._sample_indices: list[Int32Array] = []
-        self._table_slots: list[int] = []
-        self._table_columns: list[int] = []
-        self._table_blocks: list[int] = []
+        # By (slot, column): a sequence may start on a shared block that it then copies.
+        self._table_entries: dict[tuple[int, int], int] = {}
         self._copy_sources: list[int] = []
         self._copy_targets: list[int] = []
 
@@ -39,10 +38,12 @@ class StepPlanBuilder:
         self._slot_starts.append(start)
 
     def set_blocks(self, slot: int, first_column: int, block_ids: Sequence[int]) -> None:
-        """Set columns of a slot's block table, from `first_column` on."""
-        self._table_slots.extend([slot] * len(block_ids))
-        self._table_columns.extend(range(first_column, first_column + len(block_ids)))
-        self._table_blocks.extend(block_ids)
+        """Set columns of a slot's block table, from `first_column` on.
+
+        Of several calls for one column the last holds.
+        """
+        for column, block_id in enumerate(block_ids, first_column):
+            self._table_entries[slot, column] = block_id
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block before the step writes anything (copy-on-write)."""
@@ -92,6 +93,7 @@ class StepPlanBuilder:
         return first_sample
 
     def build(self) -> StepPlan:
+        places = np.array(list(self._table_entries), dtype=np.int32).reshape(-1, 2)
         return StepPlan(
             step_id=self.step_id,
             slots=_joined(self._slots),
@@ -103,9 +105,9 @@ class StepPlanBuilder:
             sample_slots=_joined(self._sample_slots),
             sample_indices=_joined(self._sample_indices),
             slot_starts=tuple(self._slot_starts),
-            table_slots=np.array(self._table_slots, dtype=np.int32),
-            table_columns=np.array(self._table_columns, dtype=np.int32),
-            table_blocks=np.array(self._table_blocks, dtype=np.int32),
+            table_slots=places[:, 0],
+            table_columns=places[:, 1],
+            table_blocks=np.array(list(self._table_entries.values()), dtype=np.int32),
             copy_sources=np.array(self._copy_sources, dtype=np.int32),
             copy_targets=np.array(self._copy_targets, dtype=np.int32),
         )

@@ -1,14 +1,13 @@
 """Weights: what tensors a model has, and how a folder's files become them.
 
-A tensor whose dtype and layout are the engine's already is mapped from its file, not copied, so
-that all workers of a machine share its pages. Others are merged or converted into memory of their
-own.
+On a CPU, a tensor whose dtype and layout are the engine's already is mapped from its file, not
+copied, so that all workers of a machine share its pages. Others are merged or converted into memory
+of their own. To other devices `device_weights` copies.
 """
 
-import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,12 @@ from typing import Any, NamedTuple, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
+from paceline.engine.device_weights import (
+    OnBytes,
+    allocate_weights,
+    copy_to_device,
+    synchronize,
+)
 from paceline.engine.model_config import ModelConfig
 from paceline.engine.parallel import ParallelContext
 from paceline.errors import ConfigError
@@ -25,8 +30,7 @@ PAGE_BYTES = 4096
 DUMMY_SEED = 0
 DUMMY_DEVIATION = 0.02
 
-OnBytes = Callable[[int, int], None]
-"""Called with (bytes ready, bytes in all)."""
+CPU = torch.device("cpu")
 
 
 class Part(NamedTuple):
@@ -104,48 +108,87 @@ def load_weights(
     dtype: torch.dtype,
     parallel: ParallelContext,
     on_bytes: OnBytes,
+    device: torch.device = CPU,
 ) -> dict[str, torch.Tensor]:
     """Load this rank's tensors from the folder's safetensors files, by TensorSpec name.
 
-    Raises ConfigError naming every tensor that is missing, unexpected or of another shape.
+    Raises ConfigError naming every tensor that is missing, unexpected or of another shape, and
+    CapacityError if they do not fit on the device.
     """
-    specs = list(tensor_specs(config))
-    total = sum(math.prod(spec.shape) for spec in specs) * dtype.itemsize
-    done = 0
-    tensors: dict[str, torch.Tensor] = {}
-    with _TensorFiles(folder) as files:
-        _check(files, specs, config.tie_word_embeddings)
-        for spec in specs:
-            if not (spec.rank_zero_only and parallel.rank > 0):
-                tensors[spec.name] = _load(files, spec, dtype, parallel)
-            done += math.prod(spec.shape) * dtype.itemsize
+    with open_parts(folder, config, parallel) as parts:
+        if device.type != "cpu":
+            return copy_to_device(parts, dtype, device, on_bytes)
+        total = sum(part.numel() for pieces in parts.values() for part in pieces) * dtype.itemsize
+        done = 0
+        tensors: dict[str, torch.Tensor] = {}
+        for name, pieces in parts.items():
+            tensors[name] = _join(pieces, dtype)
+            done += tensors[name].nbytes
             on_bytes(done, total)
     return tensors
 
 
-def dummy_weights(
-    config: ModelConfig, dtype: torch.dtype, parallel: ParallelContext, on_bytes: OnBytes
-) -> dict[str, torch.Tensor]:
-    """Fill random weights: normal of deviation 0.02, norms 1, the same in every process."""
+@contextmanager
+def open_parts(
+    folder: Path, config: ModelConfig, parallel: ParallelContext
+) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Yield this rank's share of each part, mapped from the folder's files, by TensorSpec name.
+
+    Raises ConfigError as load_weights does.
+    """
     specs = list(tensor_specs(config))
-    total = sum(math.prod(spec.shape) for spec in specs) * dtype.itemsize
+    with _TensorFiles(folder) as files:
+        _check(files, specs, config.tie_word_embeddings)
+        yield {spec.name: _parts(files, spec, parallel) for spec in _specs_of_rank(specs, parallel)}
+
+
+def dummy_weights(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    parallel: ParallelContext,
+    on_bytes: OnBytes,
+    device: torch.device = CPU,
+) -> dict[str, torch.Tensor]:
+    """Fill random weights: normal of deviation 0.02, norms 1, the same in every process.
+
+    They are drawn on the device, so each kind of device has its own.
+    """
+    specs = _specs_of_rank(tensor_specs(config), parallel)
+    shapes = {
+        spec.name: [_share(part.shape, spec.axis, parallel) for part in spec.parts]
+        for spec in specs
+    }
+    tensors = allocate_weights(
+        {name: (sum(shape[0] for shape in parts), *parts[0][1:]) for name, parts in shapes.items()},
+        dtype,
+        device,
+    )
+    total = sum(tensor.nbytes for tensor in tensors.values())
     done = 0
-    tensors: dict[str, torch.Tensor] = {}
     for spec in specs:
-        pieces = [_dummy(part, dtype) for part in spec.parts]
-        if not (spec.rank_zero_only and parallel.rank > 0):
-            tensors[spec.name] = _join([_slice(piece, spec.axis, parallel) for piece in pieces])
-        done += math.prod(spec.shape) * dtype.itemsize
+        tensor = tensors[spec.name]
+        sizes = [shape[0] for shape in shapes[spec.name]]
+        for part, rows in zip(spec.parts, torch.split(tensor, sizes), strict=True):
+            _fill(rows, part, spec.axis, parallel)
+        synchronize(device)
+        done += tensor.nbytes
         on_bytes(done, total)
     return tensors
 
 
-def _dummy(part: Part, dtype: torch.dtype) -> torch.Tensor:
+def _fill(rows: torch.Tensor, part: Part, axis: int | None, parallel: ParallelContext) -> None:
     if part.name.endswith("norm.weight"):
-        return torch.ones(part.shape, dtype=dtype)
-    generator = torch.Generator().manual_seed(DUMMY_SEED + zlib.crc32(part.name.encode()))
-    tensor = torch.empty(part.shape, dtype=dtype)
-    return tensor.normal_(0.0, DUMMY_DEVIATION, generator=generator)
+        rows.fill_(1.0)
+        return
+    seed = DUMMY_SEED + zlib.crc32(part.name.encode())
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    if rows.shape == part.shape:
+        rows.normal_(0.0, DUMMY_DEVIATION, generator=generator)
+        return
+    # Ranks share one model: each draws the part whole and keeps its own share.
+    whole = torch.empty(part.shape, dtype=rows.dtype, device=rows.device)
+    whole.normal_(0.0, DUMMY_DEVIATION, generator=generator)
+    rows.copy_(_slice(whole, axis, parallel))
 
 
 class _TensorFiles:
@@ -237,32 +280,40 @@ def _check(files: _TensorFiles, specs: Sequence[TensorSpec], tied: bool) -> None
         )
 
 
-def _load(
-    files: _TensorFiles, spec: TensorSpec, dtype: torch.dtype, parallel: ParallelContext
-) -> torch.Tensor:
-    if spec.name in files.names:
-        whole = files.tensor(spec.name)
-        pieces = list(torch.split(whole, [part.shape[0] for part in spec.parts]))
-        if parallel.size == 1 or spec.axis is None:
-            pieces = [whole]
+def _specs_of_rank(specs: Iterable[TensorSpec], parallel: ParallelContext) -> list[TensorSpec]:
+    return [spec for spec in specs if not (spec.rank_zero_only and parallel.rank > 0)]
+
+
+def _parts(files: _TensorFiles, spec: TensorSpec, parallel: ParallelContext) -> list[torch.Tensor]:
+    if spec.name not in files.names:
+        parts = [files.tensor(part.name) for part in spec.parts]
+    elif parallel.size == 1 or spec.axis is None:
+        parts = [files.tensor(spec.name)]
     else:
-        pieces = [files.tensor(part.name) for part in spec.parts]
-    tensor = _join([_slice(piece, spec.axis, parallel) for piece in pieces]).to(dtype)
-    if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
-    _touch(tensor)
-    return tensor
+        whole = files.tensor(spec.name)
+        parts = list(torch.split(whole, [part.shape[0] for part in spec.parts]))
+    return [_slice(part, spec.axis, parallel) for part in parts]
 
 
 def _slice(tensor: torch.Tensor, axis: int | None, parallel: ParallelContext) -> torch.Tensor:
     if axis is None or parallel.size == 1:
         return tensor
-    share = parallel.share(tensor.shape[axis], "rows of a weight")
+    share = _share(tensor.shape, axis, parallel)[axis]
     return tensor.narrow(axis, parallel.rank * share, share)
 
 
-def _join(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+def _share(shape: tuple[int, ...], axis: int | None, parallel: ParallelContext) -> tuple[int, ...]:
+    if axis is None:
+        return shape
+    share = parallel.share(shape[axis], "rows of a weight")
+    return (*shape[:axis], share, *shape[axis + 1 :])
+
+
+def _join(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    tensor = (parts[0] if len(parts) == 1 else torch.cat(list(parts))).to(dtype)
+    tensor = tensor.contiguous()
+    _touch(tensor)
+    return tensor
 
 
 def _touch(tensor: torch.Tensor) -> None:

@@ -38,9 +38,9 @@ def choose_tiles(
 ) -> PrefillTiles:
     """Return the tiles for rows of up to `max_new_tokens`; each different result compiles anew.
 
-    For bf16 and head dim 128 these were within 2 % of the best of a sweep on an H200 for 2,048
-    and 8,192 tokens, and slower than others at 1,024; its other tiles are not kept, times with
-    these are in bench/results/kernels_h200.json. The other sizes are such that, compiled for a
+    For bf16 and head dim 128 these were within 2 % of the best of a sweep on an H200 for 1,024,
+    2,048 and 8,192 tokens; its other tiles are not kept, times with these are in
+    bench/results/kernels_h200.json. The other sizes are such that, compiled for a
     Hopper GPU, they fit into its shared memory and registers; they are not timed.
     """
     if dtype == torch.float32:  # without matrix units: small tiles, unrolled in registers
@@ -49,6 +49,8 @@ def choose_tiles(
     else:
         block_m, block_n = 128, 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
         num_stages = 3
+        if max_new_tokens <= 1024:  # smaller tiles, so that every multiprocessor has some
+            block_m, block_n, num_stages = 64, min(block_n, 64), 2
     num_warps = 4 if dtype != torch.float32 and head_dim <= 128 else 8
     heads_per_tile = 1
     if 2 * max_new_tokens <= block_m:

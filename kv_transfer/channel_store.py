@@ -40,6 +40,10 @@ class ChannelStore(Store):
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         self._wait(keys)  # Gloo passes the time-out of its connections
 
+    def check(self, keys: Sequence[str]) -> bool:
+        with self._changed:
+            return all(key in self._values for key in keys)
+
     def receive(self, key: str, value: bytes) -> None:
         """Take a key that the peer has set."""
         with self._changed:

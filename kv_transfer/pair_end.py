@@ -5,10 +5,9 @@ import time
 from collections.abc import Callable
 
 from paceline.kv_transfer.channel_store import ChannelStore
-from paceline.kv_transfer.communicator import Communicator
-from paceline.kv_transfer.gloo_device import GlooDevice
+from paceline.kv_transfer.communicator import OWNER_RANK, Communicator, CommunicatorFactory
 from paceline.kv_transfer.pair_messages import PairMessage, Put, encode
-from paceline.kv_transfer.transport import Channel, LocalPool
+from paceline.kv_transfer.transport import Channel
 
 
 class PairEnd:
@@ -17,21 +16,19 @@ class PairEnd:
     def __init__(
         self,
         peer: str,
-        pool: LocalPool,
         channel: Channel,
-        device: GlooDevice,
+        communicators: CommunicatorFactory,
         rank: int,
         timeout_s: float,
     ) -> None:
         self.peer = peer
-        self.pool = pool
         self.timeout_s = timeout_s
         self.changed = threading.Condition()
         self.is_closing = False
         self.generation = 0
         """Number of the newest communicator that the owner has announced."""
         self._channel = channel
-        self._device = device
+        self._communicators = communicators
         self._rank = rank
         self._store: ChannelStore | None = None
         self._communicator: Communicator | None = None
@@ -43,7 +40,7 @@ class PairEnd:
     def start(self, run: Callable[[], None]) -> None:
         """Start the thread with the end's loop if it does not run. Called with `changed` held."""
         if self._thread is None:
-            name = f"kv-{'send' if self._rank == 0 else 'recv'}-{self.peer}"
+            name = f"kv-{'send' if self._rank == OWNER_RANK else 'recv'}-{self.peer}"
             self._thread = threading.Thread(
                 target=self._run_and_free, args=(run,), name=name, daemon=True
             )
@@ -51,8 +48,8 @@ class PairEnd:
 
     def begin_generation(self, generation: int) -> None:
         """Open the rendezvous of a new communicator. Called with `changed` held."""
+        self.interrupt("a newer communicator takes its place")
         self.generation = generation
-        self._communicator = None
         self._store = ChannelStore(lambda key, value: self.send(Put(generation, key, value)))
 
     @property
@@ -79,13 +76,13 @@ class PairEnd:
                 return None
         timeout_s = max(0.0, deadline - time.monotonic())
         store.expire_after(timeout_s / 2)
-        block_bytes = self.pool.layout.block_bytes
-        made = Communicator(self._device, store, self._rank, block_bytes, timeout_s)
+        made = self._communicators.connect(store, self._rank, timeout_s)
         with self.changed:
-            if self._store is not store or store.is_closed:
-                return None
-            self._communicator = made
-        return made
+            if self._store is store and not store.is_closed:
+                self._communicator = made
+                return made
+        made.abort()
+        return None
 
     def interrupt(self, reason: str) -> None:
         """Drop the communicator, and make the end's thread raise if it waits on it. Any thread."""
@@ -96,10 +93,6 @@ class PairEnd:
                 store.close(reason)
         if communicator is not None:
             communicator.abort()
-
-    def drop_communicator(self) -> None:
-        with self.changed:
-            self._store = self._communicator = None
 
     def begin_close(self) -> None:
         """End the thread soon: at once if it waits, else after what it does now."""
@@ -123,4 +116,4 @@ class PairEnd:
         try:
             run()
         finally:
-            self.drop_communicator()
+            self.interrupt("the connection was closed")

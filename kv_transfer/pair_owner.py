@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from paceline.errors import TransportError
 from paceline.kv_transfer.block_runs import find_fault
-from paceline.kv_transfer.communicator import OWNER_RANK, describe
-from paceline.kv_transfer.gloo_device import GlooDevice
+from paceline.kv_transfer.communicator import OWNER_RANK, CommunicatorFactory, describe
 from paceline.kv_transfer.pair_end import PairEnd
 from paceline.kv_transfer.pair_messages import Ask, Drop, Go, No, Put, decode
 from paceline.kv_transfer.transport import Channel, IsReadable, LocalPool
@@ -25,12 +24,11 @@ class PairOwner:
         pool: LocalPool,
         channel: Channel,
         is_readable: IsReadable,
-        device: GlooDevice,
+        communicators: CommunicatorFactory,
         timeout_s: float,
     ) -> None:
-        self.end = PairEnd(reader, pool, channel, device, OWNER_RANK, timeout_s)
+        self.end = PairEnd(reader, channel, communicators, OWNER_RANK, timeout_s)
         self._pool = pool
-        self._blocks = pool.blocks.numpy()
         self._is_readable = is_readable
         self._asks: deque[Ask] = deque()
         self._dropped_seq = 0
@@ -84,7 +82,7 @@ class PairOwner:
         communicator = self.end.communicator(generation, deadline)
         if communicator is None:
             raise TransportError(f"{self.end.peer} gave up while the pair was being made")
-        communicator.send_blocks(self._blocks, _sources(ask, self._pool), deadline)
+        communicator.send_blocks(self._pool.blocks, _sources(ask, self._pool), deadline)
 
     def _announce(self, ask: Ask) -> int | None:
         """Tell the reader that its blocks follow; None when it does not want them any more."""
@@ -116,7 +114,7 @@ class PairOwner:
         return None
 
     def _fail(self, ask: Ask, error: str) -> None:
-        self.end.drop_communicator()
+        self.end.interrupt(error)
         with self.end.changed:
             is_awaited = self._is_awaited(ask)
         if is_awaited:

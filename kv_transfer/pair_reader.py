@@ -5,15 +5,16 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from paceline.errors import TransportError
 from paceline.kv_transfer.block_runs import find_fault
-from paceline.kv_transfer.communicator import READER_RANK, WriteGate, describe
-from paceline.kv_transfer.gloo_device import GlooDevice
+from paceline.kv_transfer.communicator import (
+    READER_RANK,
+    CommunicatorFactory,
+    WriteGate,
+    describe,
+)
 from paceline.kv_transfer.pair_end import PairEnd
 from paceline.kv_transfer.pair_messages import Ask, Drop, Go, No, Put, decode
-from paceline.kv_transfer.pool_memory import ByteArray
 from paceline.kv_transfer.read_handle import PendingRead
 from paceline.kv_transfer.transport import Channel, LocalPool
 
@@ -22,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A read on its way; `answer` is filled by the io thread."""
+    """A read on its way; `answer` is filled by the io thread. A probe's targets are scratch."""
 
     seq: int
     read: PendingRead
-    blocks: ByteArray
     targets: Sequence[int]
+    is_probe: bool
     answer: Go | No | None = None
 
 
@@ -40,13 +41,12 @@ class PairReader:
         num_owner_blocks: int,
         pool: LocalPool,
         channel: Channel,
-        device: GlooDevice,
+        communicators: CommunicatorFactory,
         timeout_s: float,
     ) -> None:
-        self.end = PairEnd(owner, pool, channel, device, READER_RANK, timeout_s)
+        self.end = PairEnd(owner, channel, communicators, READER_RANK, timeout_s)
         self._num_owner_blocks = num_owner_blocks
         self._pool = pool
-        self._blocks = pool.blocks.numpy()
         self._gate = WriteGate()
         self._asked: deque[_Asked] = deque()
         self._last_seq = 0
@@ -64,15 +64,14 @@ class PairReader:
         elif not sources:
             read.finish()
         else:
-            self._ask(read, self._blocks, tuple(targets), lease_id, tuple(sources))
+            self._ask(read, tuple(targets), lease_id, tuple(sources))
         return read
 
     def probe(self, num_bytes: int) -> PendingRead:
         block_bytes = self._pool.layout.block_bytes
         count = min(max(1, num_bytes // block_bytes), self._num_owner_blocks)
         read = PendingRead(count * block_bytes, self.end.timeout_s)
-        scratch = np.empty((count, block_bytes), np.uint8)
-        self._ask(read, scratch, range(count), lease_id=0, sources=(), is_probe=True)
+        self._ask(read, range(count), lease_id=0, sources=(), is_probe=True)
         return read
 
     def on_message(self, payload: bytes) -> None:
@@ -96,7 +95,6 @@ class PairReader:
     def _ask(
         self,
         read: PendingRead,
-        blocks: ByteArray,
         targets: Sequence[int],
         lease_id: int,
         sources: tuple[int, ...],
@@ -106,7 +104,7 @@ class PairReader:
         with end.changed:
             if not end.is_closing:
                 self._last_seq += 1
-                self._asked.append(_Asked(self._last_seq, read, blocks, targets))
+                self._asked.append(_Asked(self._last_seq, read, targets, is_probe))
                 # Within the lock, so that asks are sent in the order of their numbers.
                 end.send(Ask(self._last_seq, lease_id, read.num_bytes, is_probe, sources))
                 end.changed.notify_all()
@@ -162,9 +160,10 @@ class PairReader:
                 communicator = self.end.communicator(generation, asked.read.deadline)
                 if communicator is None:
                     raise TransportError(f"communicator {generation} was given up")
-                communicator.receive_blocks(
-                    asked.blocks, asked.targets, self._gate, asked.read.deadline
-                )
+                blocks = self._pool.blocks
+                if asked.is_probe:
+                    blocks = communicator.scratch(len(asked.targets))
+                communicator.receive_blocks(blocks, asked.targets, self._gate, asked.read.deadline)
                 self._forget(asked)
                 asked.read.finish()
 
@@ -173,7 +172,7 @@ class PairReader:
         with self.end.changed:
             owner_goes_on = isinstance(asked.answer, No)
         if not owner_goes_on:  # else it is dropped already, and there may be a newer one
-            self.end.drop_communicator()
+            self.end.interrupt(error)
         with self.end.changed:
             if isinstance(asked.answer, No):
                 failed, error = [asked], asked.answer.reason

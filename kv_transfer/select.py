@@ -9,7 +9,7 @@ import base64
 import json
 from collections.abc import Sequence
 
-from paceline.errors import TransportError
+from paceline.errors import ConfigError, TransportError
 from paceline.kv_transfer.pool_memory import PoolMemory
 from paceline.kv_transfer.selected import (
     NamedPeer,
@@ -19,16 +19,17 @@ from paceline.kv_transfer.selected import (
 )
 from paceline.kv_transfer.settings import KvSettings
 from paceline.kv_transfer.shm import ShmTransport
-from paceline.kv_transfer.torch_distributed import TorchDistributedTransport
+from paceline.kv_transfer.torch_distributed import TorchDistributedTransport, communicators_for
 from paceline.kv_transfer.transport import Channel, IsReadable, LocalPool, Transport
 
 FASTEST_FIRST = ("shm", "torch_distributed")
 
 
 def build_transport(
-    settings: KvSettings, pool: LocalPool, memory: PoolMemory
+    settings: KvSettings, pool: LocalPool, memory: PoolMemory | None
 ) -> "SelectingTransport":
-    """Build what `kv.transport` names. `memory` holds `pool.blocks` and stays the caller's.
+    """Build what `kv.transport` names. `memory` holds `pool.blocks` and stays the caller's; None
+    when they are not in CPU memory.
 
     Raises ConfigError when this host cannot serve it.
     """
@@ -36,12 +37,19 @@ def build_transport(
     for name in FASTEST_FIRST:
         if settings.transport not in ("auto", name):
             continue
-        if name == "shm":
+        if name == "shm" and memory is not None:
             candidates.append(ShmTransport(pool, memory, settings.read_timeout_s))
-        else:
+        elif name == "torch_distributed":
+            communicators = communicators_for(pool, settings.read_timeout_s, settings.listen_host)
             candidates.append(
-                TorchDistributedTransport(pool, settings.read_timeout_s, settings.listen_host)
+                TorchDistributedTransport(pool, settings.read_timeout_s, communicators)
             )
+    if not candidates:
+        raise ConfigError(
+            f"kv.transport is {settings.transport}, which maps CPU memory, and the KV blocks of "
+            f"{pool.worker_id} are on {pool.blocks.device}. Set kv.transport to auto or "
+            "torch_distributed"
+        )
     return SelectingTransport(settings.transport, candidates, settings.min_transport_gb_per_s)
 
 

@@ -22,7 +22,8 @@ class KvSettings(BaseModel):
     transport: TransportName = Field(
         default="auto",
         description="How blocks move between workers. auto takes the fastest that works between "
-        "the two: shm on one host, torch_distributed (Gloo over TCP on CPUs) otherwise.",
+        "the two: shm between CPU workers of one host, otherwise torch_distributed, which is Gloo "
+        "over TCP between CPUs and NCCL between GPUs.",
     )
     min_transport_gb_per_s: float = Field(
         default=0.0,
@@ -53,7 +54,8 @@ class KvSettings(BaseModel):
         min_length=1,
         description="Address of this host on which torch_distributed takes its peers' connections. "
         "Loopback serves one host and shows nothing to the network; set the address of a private "
-        "interface to serve several hosts.",
+        "interface to serve several hosts. NCCL takes the interface that has this address, unless "
+        "NCCL_SOCKET_IFNAME names another.",
     )
 
     @model_validator(mode="after")

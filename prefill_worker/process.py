@@ -51,7 +51,7 @@ def build(
 
         return WiredCore(core, connect, _NoImports(), core.reader_lost, core.released)
 
-    return WorkerProcess(spec, settings, KindOfWorker(0, build_core), on_failure)
+    return WorkerProcess(spec, settings, KindOfWorker(False, 0, build_core), on_failure)
 
 
 class _NoImports:

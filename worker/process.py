@@ -104,6 +104,8 @@ class WorkerParts:
 class KindOfWorker(NamedTuple):
     """What differs between kinds of worker."""
 
+    decodes: bool
+    """Whether most of its steps decode."""
     local_prefill_tokens: int
     """Longest uncached context that it computes itself for routers; 0: none."""
     build: Callable[[WorkerParts], "WiredCore"]
@@ -159,7 +161,7 @@ class WorkerProcess:
         `on_step(name, seconds)` is called after each step of the start-up checklist,
         `on_progress(name, share done)` while the model loads.
         """
-        engine = self._timed(on_step, "load the model", lambda: self._load(on_progress))
+        engine = self._load(on_step, on_progress)
         parts = self._parts = self._build_parts(engine)
         self._timed(on_step, "warm up", lambda: warm_up(engine.runner, parts.identity.block_tokens))
         wired = self._kind.build(parts)
@@ -171,6 +173,7 @@ class WorkerProcess:
             after_round=lambda: self._after_round(parts, wired.core),
             on_failure=self._on_failure,
             heartbeat_s=HEARTBEAT_S,
+            overlap=engine.overlap,
         )
         self._io_thread.start()
         self._timed(on_step, "listen", lambda: self._run_on_io(self._listen(parts, wired)))
@@ -239,20 +242,22 @@ class WorkerProcess:
         parts.sessions.report(core, time.monotonic())
         self._snapshot = (core.load(-1, 1), core.is_idle)
 
-    def _load(self, on_progress: Callable[[str, float], None]) -> LoadedEngine:
+    def _load(
+        self, on_step: Callable[[str, float], None], on_progress: Callable[[str, float], None]
+    ) -> LoadedEngine:
         return load_engine(
             self.spec.model,
             self.spec.model_folder,
+            self._settings,
             block_tokens=self.spec.kv.block_tokens,
-            num_kv_blocks=self._settings.num_kv_blocks,
-            kv_cache_bytes=self._settings.kv_cache_bytes,
-            max_num_seqs=self._settings.max_num_seqs,
-            num_threads=self._settings.num_threads,
             allocate=self._allocate,
-            on_step=on_progress,
+            on_step=on_step,
+            on_progress=on_progress,
+            decodes=self._kind.decodes,
         )
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:
+        """Allocate a pool in CPU memory, which other processes can map."""
         self._memory = PoolMemory.create(
             num_bytes, f"{self.spec.worker_id}.{self.spec.incarnation}"
         )
@@ -275,7 +280,6 @@ class WorkerProcess:
         pool = LocalPool(
             spec.worker_id, spec.incarnation, engine.layout, engine.num_blocks, engine.pool.blocks
         )
-        assert self._memory is not None
         self._transport = build_transport(spec.kv, pool, self._memory)
         return WorkerParts(
             spec=spec,

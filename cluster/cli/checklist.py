@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
+from rich.text import Text
 
 from paceline.cluster.process_state import ProcessState
 
@@ -61,7 +63,8 @@ class Checklist:
             if is_ready and process.worker_id not in self._announced:
                 self._announced.add(process.worker_id)
                 self._say(
-                    f"  {_DONE} {process.worker_id} {process.elapsed_s:.1f} s {_steps(process)}"
+                    f"  {_DONE} {process.worker_id} {process.elapsed_s:.1f} s "
+                    f"{escape(_steps(process))}"
                 )
 
     def _say(self, line: str) -> None:
@@ -76,6 +79,8 @@ class Checklist:
             name, began = self._running
             steps.add_row(self._spinner, name, f"[dim]{time.monotonic() - began:.1f} s[/dim]")
         processes = Table.grid(padding=(0, 1))
+        for is_detail in (False, False, False, False, True):
+            processes.add_column(no_wrap=not is_detail)
         for process in self._snapshots:
             is_ready = process.state is ProcessState.READY
             processes.add_row(
@@ -90,10 +95,10 @@ class Checklist:
 
 def _detail(process: "ProcessSnapshot", is_ready: bool) -> RenderableType:
     if is_ready or process.loading is None or process.loading.fraction >= 1:
-        return f"[dim]{_steps(process)}[/dim]"
+        return Text(_steps(process), "dim")
     row = Table.grid(padding=(0, 1))
     row.add_row(
-        process.loading.step,
+        Text(process.loading.step),
         ProgressBar(total=1.0, completed=process.loading.fraction, width=BAR_WIDTH),
         f"{process.loading.fraction:.0%}",
     )
@@ -101,4 +106,5 @@ def _detail(process: "ProcessSnapshot", is_ready: bool) -> RenderableType:
 
 
 def _steps(process: "ProcessSnapshot") -> str:
-    return ", ".join(f"{step.name} {step.seconds:.1f} s" for step in process.steps)
+    # Names may have commas of their own: allocate the KV pool (64,000 blocks, 100.0 GiB).
+    return " · ".join(f"{step.name} {step.seconds:.1f} s" for step in process.steps)

@@ -11,6 +11,7 @@ import psutil
 from rich.text import Text
 
 from paceline.cluster.cli.output import gib, out, print_json
+from paceline.cluster.devices import GPU
 from paceline.cluster.launcher import Capacity
 from paceline.cluster.model_cache import model_cache_dir
 from paceline.cluster.process_state import Role
@@ -18,6 +19,8 @@ from paceline.cluster.resources import check_capacity
 from paceline.cluster.settings import DeploymentSettings
 from paceline.cluster.settings_file import DEFAULT_FILE, load_settings
 from paceline.errors import PacelineError
+
+CUDA_TORCH = "install a torch built for CUDA: https://pytorch.org/get-started/locally"
 
 
 class Finding(NamedTuple):
@@ -31,7 +34,8 @@ class Finding(NamedTuple):
 
 def check(file: Path | None, overrides: list[str], as_json: bool) -> None:
     settings = load_settings(file or DEFAULT_FILE, overrides).settings
-    findings = [*_machine(), *_packages(), *_transports(), _fit(settings)]
+    findings = [*_machine(), *_packages(settings), *_gpus(settings), *_transports(settings)]
+    findings.append(_fit(settings))
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:
@@ -55,23 +59,76 @@ def _machine() -> Iterator[Finding]:
     yield Finding("model cache", f"{cache}, {gib(free)} free", os.access(exists, os.W_OK))
 
 
-def _packages() -> Iterator[Finding]:
+def _packages(settings: DeploymentSettings) -> Iterator[Finding]:
     yield Finding("python", platform.python_version(), True)
     for name in ("paceline", "torch", "ray", "transformers", "grpcio"):
+        yield _package(name, f"pip install {name}")
+    if _needs_gpu(settings):
+        yield _package("triton", "pip install 'paceline[gpu]'")
+    else:
+        yield _optional_package("triton", "for device: cuda")
+    yield _optional_package("nixl", "for KV over RDMA, which is not implemented yet")
+
+
+def _package(name: str, advice: str) -> Finding:
+    try:
+        return Finding(name, version(name), True)
+    except PackageNotFoundError:
+        return Finding(name, "not installed", False, advice)
+
+
+def _optional_package(name: str, purpose: str) -> Finding:
+    found = _package(name, "")
+    return found if found.is_good else Finding(name, f"not installed, not needed ({purpose})", True)
+
+
+def _gpus(settings: DeploymentSettings) -> Iterator[Finding]:
+    import torch
+
+    needed = _needs_gpu(settings)
+    if torch.version.cuda is None:
+        value = f"none: torch {torch.__version__} is built for CPUs"
+        yield Finding("gpu", value, not needed, CUDA_TORCH if needed else "")
+    elif not torch.cuda.is_available():
+        value = f"none: torch for CUDA {torch.version.cuda} finds no GPU"
+        advice = "nvidia-smi must list one, its driver be new enough, CUDA_VISIBLE_DEVICES allow it"
+        yield Finding("gpu", value, not needed, advice if needed else "")
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        what = (
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, torch "
+            f"for CUDA {torch.version.cuda}"
+        )
         try:
-            yield Finding(name, version(name), True)
-        except PackageNotFoundError:
-            yield Finding(name, "not installed", False, f"pip install {name}")
+            free, total = torch.cuda.mem_get_info(number)
+        except RuntimeError as error:  # somebody has it for himself, or all of its memory
+            yield Finding(f"gpu {number}", f"{what}: cannot be used", not needed, str(error))
+        else:
+            yield Finding(f"gpu {number}", f"{what}, {gib(free)} free of {gib(total)}", True)
 
 
-def _transports() -> Iterator[Finding]:
-    yield _shm()
-    import torch.distributed
+def _transports(settings: DeploymentSettings) -> Iterator[Finding]:
+    """Tell which transports work here; only one that the settings would use is missed."""
+    on_gpu = settings.decode.device == "cuda"
+    shm = _shm()
+    yield shm._replace(is_good=True, advice="") if on_gpu else shm
+    import torch.distributed as dist
 
-    gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
-    yield Finding("torch_distributed", "Gloo" if gloo else "torch has no Gloo", gloo)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    yield Finding("gpu", f"{name}; this version serves on CPUs", True)
+    available = dist.is_available()
+    gloo = available and dist.is_gloo_available()
+    nccl = available and dist.is_nccl_available()
+    has = ["Gloo"] if gloo else []
+    if nccl:
+        import torch.cuda.nccl
+
+        numbers = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        has.append(f"NCCL {'.'.join(map(str, numbers))}")
+    value = " and ".join(has) or "torch has neither Gloo nor NCCL"
+    if on_gpu:
+        is_good, advice = nccl or not _needs_gpu(settings), f"NCCL is missing: {CUDA_TORCH}"
+    else:
+        is_good, advice = gloo, "Gloo is missing: install another build of torch"
+    yield Finding("torch_distributed", value, is_good, "" if is_good else advice)
 
 
 def _shm() -> Finding:
@@ -88,9 +145,11 @@ def _shm() -> Finding:
 
 
 def _fit(settings: DeploymentSettings) -> Finding:
+    import torch
+
     wanted = {Role.PREFILL: settings.prefill.replicas, Role.DECODE: settings.decode.replicas}
     memory = psutil.virtual_memory()
-    resources = {"CPU": float(os.cpu_count() or 1)}
+    resources = {"CPU": float(os.cpu_count() or 1), GPU: float(torch.cuda.device_count())}
     here = Capacity(resources, 1, memory.total, memory.available)
     name = f"room for {settings.deployment}"
     if settings.ray.address is not None:
@@ -101,3 +160,8 @@ def _fit(settings: DeploymentSettings) -> Finding:
         return Finding(name, "no", False, str(error))
     sizes = ", ".join(f"{count} {role.value}" for role, count in wanted.items())
     return Finding(name, f"{sizes}: yes", True)
+
+
+def _needs_gpu(settings: DeploymentSettings) -> bool:
+    """Whether a GPU has to be here: on a Ray cluster that runs already it may be elsewhere."""
+    return settings.decode.device == "cuda" and settings.ray.address is None

@@ -1,6 +1,6 @@
 """Run planned steps on this process's device: block tables and last samples live here, by slot."""
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,17 +10,10 @@ from paceline.engine.cpu.step_batch import make_step_batch
 from paceline.engine.cpu.step_kernels import CpuStepKernels
 from paceline.engine.kv_pool import KvPool
 from paceline.engine.model_config import ModelConfig
-from paceline.engine.step_kernels import StepKernels
-from paceline.engine.step_plan import Int32Array, SlotStart, StepPlan, StepResult
+from paceline.engine.step_kernels import StepModel
+from paceline.engine.step_plan import FinishedStep, Int32Array, SlotStart, StepPlan, StepResult
 from paceline.kernels.block_copy import block_copy
 from paceline.request import TopLogprobs
-
-
-class StepModel(Protocol):
-    """A model as the runner sees it."""
-
-    def forward(self, kernels: StepKernels) -> torch.Tensor:
-        """Write the step's keys and values; return logits [S, vocab_size]."""
 
 
 class Sampled(Protocol):
@@ -43,20 +36,6 @@ class StepSampler(Protocol):
 
     def sample(self, logits: torch.Tensor, slots: Int32Array, indices: Int32Array) -> Sampled:
         """Choose a token for each row of logits; may overwrite them."""
-
-
-class FinishedStep(NamedTuple):
-    """A step that ran while it was launched."""
-
-    outcome: StepResult | Exception
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> StepResult:
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return self.outcome
 
 
 class CpuModelRunner:

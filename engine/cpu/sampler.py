@@ -20,10 +20,16 @@ import torch
 
 from paceline.engine.cpu.random_stream import RandomStreams
 from paceline.engine.cpu.seen_tokens import SeenTokens
+from paceline.engine.sampling_rules import (
+    SMALLEST_TEMPERATURE,
+    banned_token_ids,
+    check_start,
+    check_vocab_size,
+    none_allowed_error,
+    not_finite_error,
+)
 from paceline.engine.step_plan import Int32Array, SlotStart
-from paceline.errors import ConfigError, IntegrityError
 from paceline.kernels.sampling import (
-    MAX_VOCAB_SIZE,
     ban_disallowed_,
     first_argmax,
     gumbel_race,
@@ -31,9 +37,6 @@ from paceline.kernels.sampling import (
 )
 from paceline.request import TopLogprobs
 from paceline.sampling_params import SamplingParams
-
-SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
-"""Dividing by less gives the same tokens: all but the best are at -inf long before."""
 
 
 class SampledTokens(NamedTuple):
@@ -64,11 +67,7 @@ class Sampler:
         eos_token_ids: Sequence[int],
         device: torch.device | str,
     ) -> None:
-        if vocab_size > MAX_VOCAB_SIZE:
-            raise ConfigError(
-                f"the model has {vocab_size} tokens in its vocabulary; sampling is exact "
-                f"for at most {MAX_VOCAB_SIZE}. Serve a model with a smaller vocabulary."
-            )
+        check_vocab_size(vocab_size)
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._device = torch.device(device)
@@ -89,11 +88,8 @@ class Sampler:
 
     def start(self, slot_start: SlotStart) -> None:
         """Give a slot to a sequence, which may have output already; forget the slot's last one."""
+        check_start(slot_start, self._max_num_slots)
         slot, sampling = slot_start.slot, slot_start.sampling
-        if not 0 <= slot < self._max_num_slots:
-            raise ValueError(f"slot {slot} is not one of the {self._max_num_slots} slots")
-        if sampling.seed is None and not sampling.is_greedy:
-            raise ValueError(f"slot {slot} samples at random and has no seed")
         self._wants_logprobs[slot] = sampling.logprobs is not None
         self._num_logprobs[slot] = sampling.logprobs or 0
         self._min_tokens[slot] = sampling.min_tokens
@@ -117,8 +113,8 @@ class Sampler:
                 torch.tensor(token_ids, dtype=torch.int64, device=self._device),
                 torch.tensor(values, dtype=torch.float32, device=self._device),
             )
-        banned = sorted({*self._eos_token_ids, *sampling.stop_token_ids})
-        if sampling.min_tokens and banned:
+        banned = banned_token_ids(sampling, self._eos_token_ids)
+        if banned:
             self._banned[slot] = torch.tensor(banned, dtype=torch.int64, device=self._device)
         self._is_special[slot] = slot in self._biases or slot in self._banned
 
@@ -228,20 +224,13 @@ class Sampler:
         if bool(values.isfinite().all()):
             return
         row = int((~values.isfinite()).nonzero()[0])
-        raise IntegrityError(
-            f"the model gave {values[row].item()} as the largest logit of slot {int(slots[row])} "
-            f"(row {row} of {len(slots)}), so no token can be chosen. The weights are damaged, or "
-            "the model overflows in this dtype: set model.dtype to bfloat16 or float32."
-        )
+        raise not_finite_error(values[row].item(), int(slots[row]))
 
     def _check_some_allowed(self, best: torch.Tensor, slots: Int32Array) -> None:
         if bool((best > -torch.inf).all()):
             return
         row = int((best == -torch.inf).nonzero()[0, 0])
-        raise IntegrityError(
-            f"none of the {self._vocab_size} tokens is allowed for slot {int(slots[row])}: the "
-            "mask of allowed tokens and min_tokens leave nothing to sample"
-        )
+        raise none_allowed_error(self._vocab_size, int(slots[row]))
 
 
 def _index(rows: npt.NDArray[np.intp], like: torch.Tensor) -> torch.Tensor:

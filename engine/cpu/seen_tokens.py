@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from paceline.engine.sampling_rules import has_penalties
 from paceline.engine.step_plan import Int32Array, SlotStart
 from paceline.kernels.sampling import apply_penalties_
 
@@ -36,19 +37,18 @@ class SeenTokens:
         if self._is_tracked[slot]:
             self._is_tracked[slot] = False
             self._free_rows.append(int(self._row_of[slot]))
-        penalties = (
-            sampling.repetition_penalty,
-            sampling.presence_penalty,
-            sampling.frequency_penalty,
-        )
-        if penalties == (1.0, 0.0, 0.0):
+        if not has_penalties(sampling):
             return False
         if not self._free_rows:
             self._grow()
         row = self._free_rows.pop()
         self._is_tracked[slot] = True
         self._row_of[slot] = row
-        self._penalties[slot] = penalties
+        self._penalties[slot] = (
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+        )
         prompt, output = (
             torch.from_numpy(tokens.astype(np.int64)).to(self._seen.device)
             for tokens in (slot_start.prompt, slot_start.output)

@@ -5,12 +5,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from paceline.cluster import lifecycle
 from paceline.cluster.cli.app import app
+from paceline.cluster.cli.machine import Finding
+from paceline.cluster.settings_file import DEFAULT_FILE
 from paceline.errors import ConfigError
 
 COMMANDS = (
@@ -88,7 +91,64 @@ def test_config_show_names_the_origin_of_each_value() -> None:
 def test_check_reports_cores_memory_and_transports() -> None:
     findings = {entry["name"]: entry for entry in json.loads(run("check", "--json"))}
     assert {"cores", "memory", "torch", "ray", "shm", "torch_distributed"} <= set(findings)
-    assert findings["shm"]["is_good"]
+    assert all(finding["is_good"] for finding in findings.values())
+    assert "gpu" in findings or "gpu 0" in findings
+    assert "Gloo" in findings["torch_distributed"]["value"]
+
+
+def findings_for_a_gpu(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> dict[str, Finding]:
+    """What `check` finds for cluster/gpu.yaml on a machine without a GPU."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    file = DEFAULT_FILE.with_name("gpu.yaml")
+    arguments = [part for override in overrides for part in ("--set", override)]
+    result = CliRunner().invoke(app, ["check", str(file), "--json", *arguments])
+    findings = [Finding(**entry) for entry in json.loads(result.stdout)]
+    assert result.exit_code == (0 if all(finding.is_good for finding in findings) else 1)
+    return {finding.name: finding for finding in findings}
+
+
+def test_check_says_what_a_deployment_on_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = findings_for_a_gpu(monkeypatch)
+    assert not found["gpu"].is_good
+    assert found["gpu"].advice
+    assert "the pools would need 1 GPU (1 decode × 1)" in found["room for gpu"].advice
+    assert found["shm"].is_good
+
+
+def test_gpus_may_be_elsewhere_when_a_ray_cluster_runs_already(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = findings_for_a_gpu(monkeypatch, "ray.address=10.0.0.10:6379")
+    assert all(finding.is_good for finding in found.values())
+
+
+def test_check_describes_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+
+    def memory(number: int) -> tuple[int, int]:
+        if number == 1:
+            raise RuntimeError("CUDA error: out of memory")
+        return 100 << 30, 139 << 30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    file = str(DEFAULT_FILE.with_name("gpu.yaml"))
+    result = CliRunner().invoke(app, ["check", file, "--json"])
+    found = {entry["name"]: Finding(**entry) for entry in json.loads(result.stdout)}
+    assert found["gpu 0"].value == (
+        "NVIDIA H200, compute capability 9.0, torch for CUDA 13.0, 100.00 GiB free of 139.00 GiB"
+    )
+    assert found["gpu 1"].value.endswith(": cannot be used")
+    assert found["gpu 1"].advice == "CUDA error: out of memory"
+    assert found["room for gpu"].is_good
 
 
 def test_status_is_data_for_programs_and_a_table_for_people(

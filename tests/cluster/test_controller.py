@@ -189,6 +189,17 @@ async def test_scaling_prefill_to_zero_needs_local_prefill() -> None:
     assert (await Controller(colocated, FakeLauncher()).scale({"prefill": 0}))[Role.PREFILL] == 0
 
 
+async def test_scaling_up_a_pool_on_another_kind_of_device_is_refused() -> None:
+    decode = {"device": "cuda", "local_prefill_tokens": "unlimited"}
+    launcher = FakeLauncher()
+    launcher.capacity_now = launcher.capacity_now._replace(resources={"GPU": 2.0})
+    settings = make_settings(prefill={"replicas": 0}, decode=decode)
+    with pytest.raises(ConfigError, match=r"prefill\.device is cpu and decode\.device is cuda"):
+        await Controller(settings, launcher).scale({"prefill": 1})
+    on_gpu = make_settings(prefill={"replicas": 0, "device": "cuda"}, decode=decode)
+    assert (await Controller(on_gpu, launcher).scale({"prefill": 1}))[Role.PREFILL] == 1
+
+
 async def test_more_memory_than_is_free_is_refused_with_the_numbers() -> None:
     controller = Controller(make_settings(decode={"kv_cache_bytes": 2 << 30}), FakeLauncher())
     with pytest.raises(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 from fake_deployment import make_settings, start
@@ -77,7 +78,24 @@ def test_actors_see_the_package_and_no_folder_of_the_checkout(
     assert "router" in OUTSIDERS
     for found in status().processes:
         steps = [step.name for step in found.startup]
-        assert steps == ["outsiders: []", "engine: True"]
+        assert steps == ["outsiders: []", "engine: True", "gpus: "]
+
+
+def test_workers_that_share_a_gpu_see_it_and_the_others_see_none(
+    runtime_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 1}')  # whatever this machine has
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "1")
+    half = {"device": "cuda", "resources": {"GPU": 0.5}, "gpu_memory_utilization": 0.45}
+    start(make_settings(tmp_path, deployment="shared", prefill=half, decode=half))
+    try:
+        seen = {p.worker_id: p.startup[-1].name for p in status("shared").processes}
+        assert seen == {"router-0": "gpus: ", "prefill-0": "gpus: 0", "decode-0": "gpus: 0"}
+        with control("shared") as api, pytest.raises(grpc.RpcError, match=r"need 1\.5 GPU .* 1\."):
+            api.stub.Scale(control_pb2.ScaleRequest(pools={"decode": 2}), timeout=10)
+    finally:
+        lifecycle.down("shared")
 
 
 def test_every_server_listens_on_loopback_only(deployment: lifecycle.Deployment) -> None:

@@ -29,10 +29,18 @@ def test_the_local_file_is_one_small_model_with_a_worker_in_each_pool() -> None:
     assert (settings.prefill.replicas, settings.decode.replicas) == (1, 1)
 
 
-def test_the_example_for_several_nodes_can_be_loaded() -> None:
-    settings = load_settings(FOLDER / "gpu-multi-node.example.yaml").settings
-    assert settings.ray.address == "10.0.0.10:6379"
-    assert settings.decode.replicas == 4
+def test_every_file_of_settings_in_the_folder_can_be_loaded() -> None:
+    files = {path.name for path in FOLDER.glob("*.yaml")} - {"ray-up.example.yaml"}  # Ray's own
+    assert files == {"local.yaml", "gpu.yaml", "gpu-multi-node.example.yaml"}
+    loaded = {name: load_settings(FOLDER / name).settings for name in files}
+    assert loaded["local.yaml"].decode.device == "cpu"
+    one_gpu = loaded["gpu.yaml"]
+    assert (one_gpu.prefill.replicas, one_gpu.decode.replicas) == (0, 1)
+    assert (one_gpu.prefill.device, one_gpu.decode.device) == ("cuda", "cuda")
+    many = loaded["gpu-multi-node.example.yaml"]
+    assert many.ray.address == "10.0.0.10:6379"
+    assert (many.prefill.replicas, many.decode.replicas) == (2, 4)
+    assert many.decode.device == "cuda"
 
 
 def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path: Path) -> None:
@@ -67,7 +75,7 @@ def test_an_unknown_key_is_refused_with_line_suggestion_and_what_is_known(tmp_pa
     text = refusal(tmp_path, "model:\n  path: /m\ndecode:\n  max_num_seq: 3\n")
     assert text.startswith("test.yaml line 4: decode.max_num_seq is not a setting.")
     assert "Did you mean decode.max_num_seqs?" in text
-    assert "Known in decode: replicas, device" in text
+    assert "Known in decode: device, num_threads" in text
 
 
 def test_a_key_in_the_wrong_section_is_found(tmp_path: Path) -> None:
@@ -92,7 +100,7 @@ def test_an_unknown_key_that_is_like_no_other_has_no_suggestion(tmp_path: Path) 
         ),
         (
             "model:\n  path: /m\n  dtype: float8\n",
-            "line 3: model.dtype is 'float8': must be 'auto', 'float32' or 'bfloat16'",
+            "line 3: model.dtype is 'float8': must be 'auto', 'float32', 'bfloat16' or 'float16'",
         ),
         ("model: 3\n", "line 1: model is 3: must be a valid dictionary"),
         ("deployment: My_Name\nmodel:\n  path: /m\n", "must match pattern"),
@@ -142,7 +150,7 @@ def test_no_prefill_workers_are_allowed_when_decode_computes_prompts(tmp_path: P
     ("override", "words"),
     [
         ("decode", "must read --set section.key=value"),
-        ("decode=3", "decode is a section; set one of its keys, such as decode.replicas"),
+        ("decode=3", "decode is a section; set one of its keys, such as decode.device"),
         ("deployment.name=x", "deployment is a value, not a section"),
         ("decode.replica=2", "--set decode.replica=2: decode.replica is not a setting"),
         ("decode.replicas=[", "the value is not valid YAML"),

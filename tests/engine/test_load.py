@@ -10,7 +10,7 @@ from model_references import logits_of, write_model
 
 from paceline.engine.load import LoadedEngine, load_engine
 from paceline.engine.model_source import prepare_model
-from paceline.engine.settings import ModelSettings
+from paceline.engine.settings import EngineSettings, ModelSettings
 from paceline.engine.step_plan import SlotStart, StepPlan
 from paceline.errors import CapacityError, ConfigError
 from paceline.sampling_params import SamplingParams
@@ -20,21 +20,25 @@ def load(
     folder: Path, steps: list[tuple[str, float]] | None = None, **changes: Any
 ) -> LoadedEngine:
     names = ModelSettings.model_fields
-    settings = ModelSettings(
+    model = ModelSettings(
         path=str(folder), **{key: value for key, value in changes.items() if key in names}
     )
-    options: dict[str, Any] = {
-        "block_tokens": 16,
+    sizes: dict[str, Any] = {
         "num_kv_blocks": 20,
         "kv_cache_bytes": 1 << 20,
         "max_num_seqs": 4,
         "num_threads": 1,
-        "allocate": lambda num_bytes: torch.zeros(num_bytes, dtype=torch.uint8),
-        "on_step": lambda *step: steps.append(step) if steps is not None else None,
     }
-    options |= {key: value for key, value in changes.items() if key not in names}
-    prepared = prepare_model(settings, folder / "cache", lambda name, share: None)
-    return load_engine(settings, prepared, **options)
+    sizes |= {key: value for key, value in changes.items() if key not in names}
+    allocate = sizes.pop("allocate", lambda count: torch.zeros(count, dtype=torch.uint8))
+    return load_engine(
+        model,
+        prepare_model(model, folder / "cache", lambda name, share: None),
+        EngineSettings(**sizes),
+        block_tokens=16,
+        allocate=allocate,
+        on_step=lambda *step: steps.append(step) if steps is not None else None,
+    )
 
 
 def array(*values: int) -> np.ndarray:
@@ -46,8 +50,7 @@ def test_loaded_engine_runs_a_step_with_the_real_sampler(tmp_path: Path) -> None
     steps: list[tuple[str, float]] = []
     engine = load(tmp_path, steps, max_model_len=64)
     assert (engine.num_blocks, engine.max_model_len) == (20, 64)
-    assert steps[-1] == ("Allocating the KV pool", 1.0)
-    assert ("Loading weights", 1.0) in steps
+    assert [name for name, _ in steps] == ["load weights", "allocate the KV pool"]
     prompt = array(5, 6, 7)
     plan = StepPlan(
         step_id=1,
@@ -110,3 +113,10 @@ def test_random_weights_need_no_files_and_revisions_tell_precisions_apart(tmp_pa
     engine = load(tmp_path, load_format="dummy", dtype="float32")
     other = load(tmp_path, load_format="dummy", dtype="bfloat16")
     assert engine.model_revision != other.model_revision
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_refused_with_the_reason(tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
+    with pytest.raises(ConfigError, match=r"device is cuda, and torch .* Or set device to cpu"):
+        load(tmp_path, device="cuda")

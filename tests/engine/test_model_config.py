@@ -35,7 +35,7 @@ def test_every_key_that_transformers_writes_is_understood(
     config = read_model_config(tmp_path)
     assert config.architecture == architecture
     assert (config.num_heads, config.num_kv_heads) == (4, 2)
-    head_dim = getattr(wanted, "head_dim", None) or 12
+    head_dim = getattr(wanted, "head_dim", None) or wanted.hidden_size // wanted.num_attention_heads
     assert config.head_dim == head_dim
     assert config.rope.theta == wanted.rope_parameters["rope_theta"]
 

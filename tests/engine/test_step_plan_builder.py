@@ -139,3 +139,13 @@ class TestSimulatedRunnerRefuses:
         builder.add_row(0, 8, PROMPT[8:])
         with pytest.raises(SimulationError, match="two earlier steps unfinished"):
             runner.launch(builder.build())
+
+
+def test_a_table_entry_set_twice_travels_once_as_the_last_call_left_it() -> None:
+    builder = StepPlanBuilder(1)
+    builder.set_blocks(3, 0, (10, 11))
+    builder.set_blocks(3, 1, (12,))
+    builder.add_row(3, 0, np.array([1], dtype=np.int32))
+    plan = builder.build()
+    entries = zip(plan.table_slots, plan.table_columns, plan.table_blocks, strict=True)
+    assert sorted(tuple(map(int, entry)) for entry in entries) == [(3, 0, 10), (3, 1, 12)]

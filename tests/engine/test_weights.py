@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_references import logits_of, write_model
+from model_references import SHAPE, VOCAB_SIZE, logits_of, write_model
 from safetensors.torch import load_file, save_file
 
 from paceline.engine.cpu.step_batch import DecodeRows, PrefillRow, StepBatch
@@ -64,21 +64,23 @@ def test_wrong_tensors_are_all_named(tmp_path: Path) -> None:
     tensors = load_file(path)
     del tensors["model.layers.1.self_attn.k_proj.weight"]
     tensors["model.layers.0.self_attn.sinks"] = torch.zeros(4)
-    tensors["model.norm.weight"] = torch.zeros(49)
+    hidden = SHAPE["hidden_size"]
+    tensors["model.norm.weight"] = torch.zeros(hidden + 1)
     save_file(tensors, path)
     with pytest.raises(ConfigError) as refusal:
         load(tmp_path)
     message = str(refusal.value)
     assert "1 missing: model.layers.1.self_attn.k_proj.weight" in message
     assert "1 unexpected: model.layers.0.self_attn.sinks" in message
-    assert "model.norm.weight [49] instead of [48]" in message
+    assert f"model.norm.weight [{hidden + 1}] instead of [{hidden}]" in message
 
 
 def test_tied_head_may_be_in_the_file_and_is_the_embedding(tmp_path: Path) -> None:
     write_model(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    save_file(tensors | {"lm_head.weight": torch.zeros(97, 48)}, path)
+    head = torch.zeros(VOCAB_SIZE, SHAPE["hidden_size"])
+    save_file(tensors | {"lm_head.weight": head}, path)
     assert "lm_head.weight" not in load(tmp_path)
 
 
@@ -110,6 +112,33 @@ def test_dummy_weights_are_the_same_every_time_and_have_every_tensor(tmp_path: P
     assert not torch.equal(
         first["model.layers.0.mlp.down_proj.weight"], first["model.layers.1.mlp.down_proj.weight"]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dummy_weights_of_ranks_are_shares_of_one_model(dtype: torch.dtype, tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM", attention_bias=True)
+    config = read_model_config(tmp_path)
+    whole = dummy_weights(config, dtype, ALONE, ignore)
+    first, second = (
+        dummy_weights(config, dtype, ParallelContext(rank, 2), ignore) for rank in range(2)
+    )
+    for spec in tensor_specs(config):
+        if spec.rank_zero_only:
+            assert spec.name not in second
+            assert torch.equal(first[spec.name], whole[spec.name])
+            continue
+        if spec.axis is None:
+            assert torch.equal(second[spec.name], whole[spec.name])
+            continue
+        sizes = [part.shape[0] for part in spec.parts]
+        shares = [size // 2 if spec.axis == 0 else size for size in sizes]
+        for part, *ranks in zip(
+            whole[spec.name].split(sizes),
+            first[spec.name].split(shares),
+            second[spec.name].split(shares),
+            strict=True,
+        ):
+            assert torch.equal(part, torch.cat(ranks, dim=spec.axis))
 
 
 SHARE_OF_CLEAN_PAGES = """

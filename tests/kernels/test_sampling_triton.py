@@ -7,29 +7,27 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from triton_device import device
+from triton_device import device, poisoned
 
 from paceline.engine.cpu.random_stream import RandomStreams
 from paceline.engine.cpu.sampler import Sampler
+from paceline.engine.gpu.slot_words import encode_starts
 from paceline.engine.step_plan import SlotStart
 from paceline.kernels.gumbel_triton import TAIL_DRAW, random_words_triton
-from paceline.kernels.sampling_triton import (
+from paceline.kernels.sampling_finish_triton import (
     STATUS_NONE_ALLOWED,
     STATUS_NOT_FINITE,
     STATUS_OK,
-    SampledRows,
-    SamplingSlots,
-    SamplingWorkspace,
-    SeenState,
-    SlotShape,
-    sample_triton,
 )
+from paceline.kernels.sampling_slots_triton import SamplingSlots, start_slots_triton
+from paceline.kernels.sampling_triton import SampledRows, SamplingWorkspace, sample_triton
 from paceline.sampling_params import SamplingParams
 
 EOS = (2, 3)
 VOCAB_SIZE = 120
 TILE = 64
 MAX_CANDIDATES = 64
+MAX_EDITS = 8
 
 
 @dataclasses.dataclass
@@ -42,57 +40,31 @@ class Case:
     choice: int = 0
 
 
-def shape_of(case: Case, state_row: int | None) -> SlotShape:
-    sampling = case.sampling
-    banned = sorted({*EOS, *sampling.stop_token_ids}) if sampling.min_tokens else []
-    return SlotShape(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        seed=sampling.seed or 0,
-        choice=case.choice,
-        logit_bias=tuple(sampling.logit_bias),
-        min_tokens=sampling.min_tokens,
-        banned=tuple(banned),
-        repetition=sampling.repetition_penalty,
-        presence=sampling.presence_penalty,
-        frequency=sampling.frequency_penalty,
-        state_row=state_row,
-    )
-
-
-def has_penalties(sampling: SamplingParams) -> bool:
-    penalties = (
-        sampling.repetition_penalty,
-        sampling.presence_penalty,
-        sampling.frequency_penalty,
-    )
-    return penalties != (1.0, 0.0, 0.0)
-
-
 class Driver:
     """Samples the same cases with the kernels, and with the sampler on the CPU."""
 
     def __init__(self, cases: Sequence[Case], vocab_size: int) -> None:
         self.cases, self.vocab_size = cases, vocab_size
         num = len(cases)
-        self.slots = SamplingSlots.allocate(num, 8, device())
-        self.state = SeenState(
-            torch.zeros((num, vocab_size), dtype=torch.bool, device=device()),
-            torch.zeros((num, vocab_size), dtype=torch.int32, device=device()),
-        )
+        self.slots = SamplingSlots.allocate(num, vocab_size, MAX_EDITS, device())
         self.workspace = SamplingWorkspace.allocate(num, vocab_size, device(), TILE, MAX_CANDIDATES)
         for tensor in self.workspace:
             tensor.fill_(math.nan if tensor.is_floating_point() else -(2**30))
         self.sampler = Sampler(num, vocab_size, EOS, "cpu")
-        for slot, case in enumerate(cases):
-            self.slots.set(slot, shape_of(case, slot if has_penalties(case.sampling) else None))
-            self.state.seen[slot, [*case.prompt, *case.output]] = True
-            for token in case.output:
-                self.state.counts[slot, token] += 1
-            prompt, output = (np.array(ids, np.int32) for ids in (case.prompt, case.output))
-            self.sampler.start(SlotStart(slot, case.sampling, case.choice, prompt, output))
+        starts = [
+            SlotStart(
+                slot,
+                case.sampling,
+                case.choice,
+                np.array(case.prompt, np.int32),
+                np.array(case.output, np.int32),
+            )
+            for slot, case in enumerate(cases)
+        ]
+        words = encode_starts(starts, vocab_size, EOS, MAX_EDITS)
+        start_slots_triton(torch.from_numpy(words).to(device()), num, self.slots)
+        for start in starts:
+            self.sampler.start(start)
 
     def sample(
         self,
@@ -102,8 +74,11 @@ class Driver:
         row_slots: Sequence[int] | None = None,
         any_random: bool = True,
     ) -> SampledRows:
-        out = SampledRows.allocate(len(logits), device())
-        out.token_ids.fill_(-7)
+        out = SampledRows(
+            torch.full((len(logits),), -7, dtype=torch.int32, device=device()),
+            torch.full((len(logits),), -7, dtype=torch.int32, device=device()),
+            poisoned((len(logits),), torch.float32),
+        )
         row_slots = range(len(logits)) if row_slots is None else row_slots
         sample_triton(
             logits.to(device()),
@@ -113,7 +88,6 @@ class Driver:
             out,
             self.workspace,
             allowed_mask=None if allowed_mask is None else allowed_mask.to(device()),
-            state=self.state,
             any_random=any_random,
             tile=TILE,
         )
@@ -206,17 +180,23 @@ def test_filtered_draws_are_the_samplers(scale: float, temperature: float, num_r
     assert out.token_ids.tolist() == driver.expected(logits, indices)
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.99])
-def test_draws_from_the_tail_are_the_samplers(top_p: float) -> None:
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.99}, {"top_k": 101}, {"min_p": 0.0003}])
+def test_draws_from_the_tail_are_the_samplers(filters: dict[str, float]) -> None:
     # One likely token, and 200 in the tail that together weigh a sixteenth of it.
-    logits = torch.cat([torch.zeros(1), torch.full((200,), -8.0001)]).repeat(100, 1)
-    every = [Case(SamplingParams(seed=seed, top_p=top_p)) for seed in range(100)]
-    tokens = Driver(every, 201).expected(logits, [0] * 100)
-    some = sorted(range(100), key=lambda row: tokens[row] == 0)[:4]
-    some.append(tokens.index(0))
-    out = Driver([every[row] for row in some], 201).sample(logits[:5], [0] * 5)
+    logits = torch.cat([torch.zeros(1), -8.0001 - torch.arange(200) / 1000]).repeat(400, 1)
+    seeds = range(400)
+    every = [Case(SamplingParams(seed=seed, **filters)) for seed in seeds]
+    tokens = Driver(every, 201).expected(logits, [0] * 400)
+    unfiltered = Driver([Case(SamplingParams(seed=seed)) for seed in seeds], 201)
+    whole_tail = unfiltered.expected(logits, [0] * 400)
+    # Some where it wins, some where it would win if it were whole, and one where it never does.
+    won = [row for row in seeds if tokens[row] > 0][:4]
+    lost = [row for row in seeds if tokens[row] == 0 < whole_tail[row]][:3]
+    some = [*won, *lost, whole_tail.index(0)]
+    out = Driver([every[row] for row in some], 201).sample(logits[: len(some)], [0] * len(some))
     assert out.token_ids.tolist() == [tokens[row] for row in some]
-    assert sum(tokens[row] > 0 for row in some) >= 3
+    assert len(won) >= 3
+    assert len(lost) >= (1 if filters else 0)
 
 
 def make_shaped_cases(vocab_size: int) -> list[Case]:
@@ -272,18 +252,18 @@ def test_rows_without_a_slot_do_nothing_and_others_are_as_alone() -> None:
     logits = make_logits(9, 4, 150, 2.0)
     together = Driver(cases, 150).sample(logits, [3] * 4).token_ids.tolist()
     driver = Driver(cases, 150)
-    counts = driver.state.counts.clone()
+    counts = driver.slots.counts.clone()
     rows = logits[[0, 2, 1, 0]]
     rows[1] = math.nan
     out = driver.sample(rows, [3] * 4, row_slots=[0, -1, 1, -1])
     assert out.token_ids.tolist() == [together[0], -7, together[1], -7]
-    assert torch.equal(driver.state.counts[2:], counts[2:])
+    assert torch.equal(driver.slots.counts[2:], counts[2:])
 
 
 def test_what_is_wrong_with_a_row_is_told_and_nothing_counted() -> None:
     penalised = SamplingParams(seed=1, presence_penalty=0.5)
     driver = Driver([Case(penalised)] * 5, 100)
-    counts = driver.state.counts.clone()
+    counts = driver.slots.counts.clone()
     logits = make_logits(4, 5, 100, 1.0)
     logits[0, 70] = math.nan
     logits[1, 3] = math.inf
@@ -295,9 +275,10 @@ def test_what_is_wrong_with_a_row_is_told_and_nothing_counted() -> None:
     wrong = STATUS_NOT_FINITE
     assert out.status.tolist() == [wrong, wrong, wrong, STATUS_NONE_ALLOWED, STATUS_OK]
     assert out.token_ids[:4].tolist() == [-1] * 4
-    assert torch.equal(driver.state.counts[:4], counts[:4])
-    assert int(driver.state.counts[4].sum()) == 1
-    assert out.largest.isfinite().tolist() == [False, False, False, True, True]
+    assert torch.equal(driver.slots.counts[:4], counts[:4])
+    assert int(driver.slots.counts[4].sum()) == 1
+    assert [str(value) for value in out.largest[:3].tolist()] == ["nan", "inf", "-inf"]
+    assert out.largest[3:].tolist() == logits[3:].amax(1).tolist()
 
 
 def test_the_noise_of_a_neighbouring_index_is_noticed() -> None:
@@ -319,5 +300,6 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
         driver.sample(logits, [0])
     with pytest.raises(ValueError, match="allowed_mask must be"):
         driver.sample(logits, [0, 0], torch.zeros((2, 3), dtype=torch.int32))
-    with pytest.raises(ValueError, match="more than the 8 that fit"):
-        driver.slots.set(0, SlotShape(banned=tuple(range(9))))
+    driver.slots = SamplingSlots.allocate(2, 101, MAX_EDITS, device())
+    with pytest.raises(ValueError, match="slots are for 101 tokens"):
+        driver.sample(logits, [0, 0])

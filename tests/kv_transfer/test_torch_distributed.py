@@ -1,7 +1,10 @@
 """What is special to process groups; the rest is in test_transport_contract."""
 
+import base64
+import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -19,10 +22,9 @@ from kv_peer import (
 )
 
 from paceline.errors import ConfigError, TransportError
-from paceline.kv_transfer.communicator import STAGING_BYTES
+from paceline.kv_transfer.device_wire import STAGING_BYTES
 from paceline.kv_transfer.select import build_transport
-from paceline.kv_transfer.settings import KvSettings
-from paceline.kv_transfer.torch_distributed import TorchDistributedTransport
+from paceline.kv_transfer.settings import KvSettings, TransportName
 from paceline.kv_transfer.transport import Connection, OwnerPeer, ReadState
 
 
@@ -45,10 +47,16 @@ class LocalPair:
         self.session.close()
 
 
+@pytest.fixture(params=["torch_distributed", "staged"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """Over Gloo, and by what GPUs use over a group that fails as NCCL does."""
+    return str(request.param)
+
+
 @pytest.fixture
-def workers() -> Iterator[tuple[Worker, Worker]]:
-    owner = Worker("torch_distributed", "owner-0.7", read_timeout_s=5.0)
-    reader = Worker("torch_distributed", "reader-0.1", read_timeout_s=5.0)
+def workers(transport: str) -> Iterator[tuple[Worker, Worker]]:
+    owner = Worker(transport, "owner-0.7", read_timeout_s=5.0)
+    reader = Worker(transport, "reader-0.1", read_timeout_s=5.0)
     owner.fill(7)
     yield owner, reader
     owner.close()
@@ -111,10 +119,10 @@ def test_two_workers_read_from_each_other_at_the_same_time(workers: tuple[Worker
     back.close()
 
 
-def test_a_read_of_many_pieces_arrives_in_order() -> None:
+def test_a_read_of_many_pieces_arrives_in_order(transport: str) -> None:
     block_kib = STAGING_BYTES // 2 >> 10
-    owner = Worker("torch_distributed", "owner-0.7", 11, block_kib)
-    reader = Worker("torch_distributed", "reader-0.1", 11, block_kib)
+    owner = Worker(transport, "owner-0.7", 11, block_kib)
+    reader = Worker(transport, "reader-0.1", 11, block_kib)
     owner.fill(5)
     pair = LocalPair(owner, reader)
     outcome = wait_ended(pair.connection.read(LEASE, list(range(11)), list(reversed(range(11)))))
@@ -125,9 +133,9 @@ def test_a_read_of_many_pieces_arrives_in_order() -> None:
     reader.close()
 
 
-def test_an_owner_that_never_answers_fails_the_read_at_the_time_out() -> None:
-    owner = Worker("torch_distributed", "owner-0.7")
-    reader = Worker("torch_distributed", "reader-0.1", read_timeout_s=0.2)
+def test_an_owner_that_never_answers_fails_the_read_at_the_time_out(transport: str) -> None:
+    owner = Worker(transport, "owner-0.7")
+    reader = Worker(transport, "reader-0.1", read_timeout_s=0.2)
     session = LocalSession()  # nobody listens
     connection = reader.transport.connect(
         "owner-0.7", 7, owner.transport.endpoint(), session.reader
@@ -156,11 +164,11 @@ class CutSession(PipeSession):
 @pytest.mark.parametrize("num_messages", range(8))
 @pytest.mark.parametrize("mute", ["owner", "reader"])
 def test_whatever_message_is_lost_reads_end_and_close_frees_all(
-    num_messages: int, mute: str
+    transport: str, num_messages: int, mute: str
 ) -> None:
     before = resources()
-    owner = Worker("torch_distributed", "owner-0.7", read_timeout_s=0.3)
-    reader = Worker("torch_distributed", "reader-0.1", read_timeout_s=0.3)
+    owner = Worker(transport, "owner-0.7", read_timeout_s=0.3)
+    reader = Worker(transport, "reader-0.1", read_timeout_s=0.3)
     session = LocalSession()
     if mute == "owner":
         session.owner = CutSession(session.owner, num_messages)
@@ -214,10 +222,12 @@ def test_pools_that_differ_in_block_size_are_refused() -> None:
 
 
 @pytest.mark.parametrize("closer", ["reader", "owner"])
-def test_a_transfer_cut_in_the_middle_frees_both_threads_at_once(closer: str) -> None:
+def test_a_transfer_cut_in_the_middle_frees_both_threads_at_once(
+    transport: str, closer: str
+) -> None:
     before = resources().threads
-    owner = Worker("torch_distributed", "owner-0.7", 64, 512)
-    reader = Worker("torch_distributed", "reader-0.1", 64, 512)
+    owner = Worker(transport, "owner-0.7", 64, 512)
+    reader = Worker(transport, "reader-0.1", 64, 512)
     owner.fill(7)
     everything = range(64)
     for _ in range(10):
@@ -244,11 +254,27 @@ def test_callbacks_may_start_the_next_read(workers: tuple[Worker, Worker]) -> No
     pair.close()
 
 
-def test_a_pool_on_another_device_is_refused() -> None:
+@pytest.mark.parametrize(("transport_name", "needed"), [("shm", "CPU memory"), ("auto", "CUDA")])
+def test_a_pool_in_memory_that_nothing_serves_is_refused(
+    transport_name: TransportName, needed: str
+) -> None:
     worker = Worker("shm", "owner-0.7")
-    pool = worker.pool
-    meta = type(pool)("o", 1, pool.layout, pool.num_blocks, pool.blocks.to("meta"))
-    with pytest.raises(TransportError, match="is on meta"):
-        TorchDistributedTransport(meta, 1.0, "127.0.0.1")
-    del pool, meta
+    pool = replace(worker.pool, blocks=worker.pool.blocks.to("meta"))
+    with pytest.raises(ConfigError, match=f"{needed}.* on meta"):
+        build_transport(KvSettings(transport=transport_name), pool, None)
+    del pool
     worker.close()
+
+
+def test_pools_on_different_kinds_of_device_are_refused(workers: tuple[Worker, Worker]) -> None:
+    _, reader = workers
+    endpoint = base64.b64encode(json.dumps([64, 4096, "cuda"]).encode()).decode()
+    session = LocalSession()
+    with pytest.raises(TransportError, match=r"owner-0\.7 is in cuda memory, this one in cpu"):
+        reader.transport.connect(
+            "owner-0.7",
+            7,
+            json.dumps({"torch_distributed": endpoint}).encode(),
+            session.reader,
+        )
+    session.close()

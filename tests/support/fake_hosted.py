@@ -30,6 +30,7 @@ class FakeHosted:
         self._context.on_step(f"outsiders: {seen}", 0.0)
         spec = importlib.util.find_spec("paceline.engine")
         self._context.on_step(f"engine: {spec is not None}", 0.0)
+        self._context.on_step(f"gpus: {os.environ['CUDA_VISIBLE_DEVICES']}", 0.0)
         return f"{self._context.host}:1"
 
     def load(self) -> HostedLoad:

@@ -18,11 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from silent_group import make_silent_wire
 
 from paceline.kv_layout import attention_layout
 from paceline.kv_transfer.pool_memory import PoolMemory
 from paceline.kv_transfer.select import SelectingTransport, build_transport
 from paceline.kv_transfer.settings import KvSettings
+from paceline.kv_transfer.staged_communicator import StagedCommunicators
+from paceline.kv_transfer.torch_distributed import TorchDistributedTransport
 from paceline.kv_transfer.transport import (
     Connection,
     LocalPool,
@@ -33,7 +36,27 @@ from paceline.kv_transfer.transport import (
 
 LEASE = 2**63 + 5
 NO_LEASE = 77
-DEADLINE_S = 10.0
+# The first NCCL communicator of a process takes seconds.
+DEADLINE_S = 60.0 if torch.cuda.is_available() else 10.0
+
+
+class Kind(NamedTuple):
+    """A transport, and where the pools of both ends are.
+
+    `staged` is what pools on GPUs use, `torch_distributed` by staged communicators, but on CPUs and
+    over a group that fails as NCCL does.
+    """
+
+    transport: str
+    device: str = "cpu"
+    peer_device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        return self.transport if self.device == "cpu" else "nccl"
+
+
+SHM, GLOO, AUTO, STAGED = map(Kind, ("shm", "torch_distributed", "auto", "staged"))
 
 
 class Worker:
@@ -47,20 +70,31 @@ class Worker:
         block_kib: int = 4,
         read_timeout_s: float = 10.0,
         min_gb_per_s: float = 0.0,
+        device: str = "cpu",
     ) -> None:
         layout = attention_layout(
             num_layers=1, num_kv_heads=block_kib, head_dim=8, block_tokens=16, dtype="float32"
         )
         worker_id, _, incarnation = name.rpartition(".")
-        self.memory = PoolMemory.create(num_blocks * layout.block_bytes, name)
-        blocks = self.memory.tensor.view(num_blocks, layout.block_bytes)
+        self.memory: PoolMemory | None = None
+        if device == "cpu":
+            self.memory = PoolMemory.create(num_blocks * layout.block_bytes, name)
+            blocks = self.memory.tensor.view(num_blocks, layout.block_bytes)
+        else:
+            blocks = torch.zeros((num_blocks, layout.block_bytes), dtype=torch.uint8, device=device)
         self.pool = LocalPool(worker_id, int(incarnation), layout, num_blocks, blocks)
+        self.transport: SelectingTransport
+        if transport == "staged":
+            communicators = StagedCommunicators(make_silent_wire(layout.block_bytes))
+            staged = TorchDistributedTransport(self.pool, read_timeout_s, communicators)
+            self.transport = SelectingTransport("torch_distributed", [staged], min_gb_per_s)
+            return
         settings = KvSettings(
             transport=transport,
             read_timeout_s=read_timeout_s,
             min_transport_gb_per_s=min_gb_per_s,
         )
-        self.transport: SelectingTransport = build_transport(settings, self.pool, self.memory)
+        self.transport = build_transport(settings, self.pool, self.memory)
 
     @property
     def blocks(self) -> torch.Tensor:
@@ -70,10 +104,21 @@ class Worker:
         """Give every block bytes of its own."""
         self.blocks.copy_(expected_blocks(salt, self.pool.num_blocks, self.pool.layout.block_bytes))
 
+    def paint(self, value: int) -> None:
+        """Fill every block with one value; returns when it is there."""
+        self.blocks.fill_(value)
+        if self.blocks.is_cuda:
+            torch.cuda.current_stream(self.blocks.device).synchronize()
+
+    def read_back(self) -> torch.Tensor:
+        """Return the blocks in CPU memory."""
+        return self.blocks.cpu()
+
     def close(self) -> None:
         self.transport.close()
         del self.pool, self.transport
-        self.memory.close()
+        if self.memory is not None:
+            self.memory.close()
 
 
 def expected_blocks(salt: int, num_blocks: int, block_bytes: int) -> torch.Tensor:
@@ -124,13 +169,14 @@ class PipeSession:
         with suppress(OSError), socket.socket(fileno=os.dup(self.pipe.fileno())) as end:
             end.shutdown(socket.SHUT_RDWR)
 
-    def deliver_to(self, end: Connection | OwnerPeer) -> None:
-        """Hand messages over until the pipe breaks, then close the end."""
+    def deliver_to(self, end: Connection | OwnerPeer, is_deaf: bool = False) -> None:
+        """Hand messages over until the pipe breaks, then close the end; not if it `is_deaf`."""
         try:
             while True:
                 end.on_message(self.pipe.recv_bytes())
         except (EOFError, OSError):
-            end.close()
+            if not is_deaf:
+                end.close()
         finally:
             self.pipe.close()
 
@@ -145,11 +191,19 @@ class OwnerSpec:
     num_blocks: int = 64
     block_kib: int = 4
     read_timeout_s: float = 10.0
+    device: str = "cpu"
 
 
 def _serve(spec: OwnerSpec, session_pipe: Pipe, control: Pipe) -> None:
     torch.set_num_threads(1)
-    worker = Worker(spec.transport, spec.name, spec.num_blocks, spec.block_kib, spec.read_timeout_s)
+    worker = Worker(
+        spec.transport,
+        spec.name,
+        spec.num_blocks,
+        spec.block_kib,
+        spec.read_timeout_s,
+        device=spec.device,
+    )
     worker.fill(spec.salt)
     revoked = threading.Event()
 
@@ -211,10 +265,10 @@ class OwnerProcess:
 
 
 def _read_for_ever(
-    transport: str, owner: str, endpoint: bytes, session_pipe: Pipe, started: Event
+    kind: Kind, owner: str, endpoint: bytes, session_pipe: Pipe, started: Event
 ) -> None:
     torch.set_num_threads(1)
-    worker = Worker(transport, "reader-0.1", 64, 1024)
+    worker = Worker(kind.transport, "reader-0.1", 64, 1024, DEADLINE_S, device=kind.peer_device)
     session = PipeSession(session_pipe)
     connection = worker.transport.connect(owner, 1, endpoint, session)
     threading.Thread(target=session.deliver_to, args=(connection,), daemon=True).start()
@@ -228,14 +282,14 @@ def _read_for_ever(
 class ReaderProcess:
     """A reader in a process of its own that reads until it is killed."""
 
-    def __init__(self, transport: str, owner: Worker, name: str) -> None:
+    def __init__(self, kind: Kind, owner: Worker, name: str) -> None:
         context = multiprocessing.get_context("spawn")
         session_pipe, child_session = context.Pipe()
         self.started = context.Event()
         self.session = PipeSession(session_pipe)
         self._process = context.Process(
             target=_read_for_ever,
-            args=(transport, name, owner.transport.endpoint(), child_session, self.started),
+            args=(kind, name, owner.transport.endpoint(), child_session, self.started),
             daemon=True,
         )
         self._process.start()
@@ -254,29 +308,33 @@ class LocalSession:
         context = multiprocessing.get_context("spawn")
         owner_pipe, reader_pipe = context.Pipe()
         self.owner, self.reader = PipeSession(owner_pipe), PipeSession(reader_pipe)
-
-        self._is_started = False
+        self._threads: list[threading.Thread] = []
 
     def start(self, connection: Connection, peer: OwnerPeer) -> None:
-        self._is_started = True
         for session, end in ((self.reader, connection), (self.owner, peer)):
-            threading.Thread(target=session.deliver_to, args=(end,), daemon=True).start()
+            thread = threading.Thread(target=session.deliver_to, args=(end,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def close(self) -> None:
         for session in (self.owner, self.reader):
             session.shut()
-            if not self._is_started:
+            if not self._threads:
                 session.pipe.close()
+        while self._threads:
+            thread = self._threads.pop()
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive()
 
 
 class Link:
     """A reader's connection to an owner process, with the thread that delivers its messages."""
 
-    def __init__(self, reader: Worker, owner: OwnerProcess) -> None:
+    def __init__(self, reader: Worker, owner: OwnerProcess, is_deaf: bool = False) -> None:
         self.session = PipeSession(owner.session_pipe)
         self.connection = reader.transport.connect(owner.spec.name, 1, owner.endpoint, self.session)
         self._thread = threading.Thread(
-            target=self.session.deliver_to, args=(self.connection,), daemon=True
+            target=self.session.deliver_to, args=(self.connection, is_deaf), daemon=True
         )
         self._thread.start()
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 VOCAB_SIZE = 97
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 48,
+    "hidden_size": 64,
     "intermediate_size": 80,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,

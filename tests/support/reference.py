@@ -27,7 +27,8 @@ class Reference:
             return
         with torch.inference_mode():
             logits = self._model(
-                torch.tensor([prompt + tokens[:-1]]), logits_to_keep=len(tokens)
+                torch.tensor([prompt + tokens[:-1]], device=self._model.device),
+                logits_to_keep=len(tokens),
             ).logits[0]
         best = logits.max(dim=-1)
         for index, token in enumerate(tokens):
@@ -49,8 +50,8 @@ def greedy_tokens(
     """transformers' greedy continuation, not stopped by the end of sequence."""
     with torch.inference_mode():
         output = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            torch.tensor([prompt], device=model.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
             do_sample=False,
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,

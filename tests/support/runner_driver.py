@@ -2,42 +2,41 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from paceline.engine.cpu.model_runner import CpuModelRunner
+from paceline.engine.cpu.sampler import Sampler
 from paceline.engine.kv_pool import KvPool
 from paceline.engine.model_config import ModelConfig, read_model_config
 from paceline.engine.models.llama import LlamaModel
 from paceline.engine.parallel import ParallelContext
-from paceline.engine.step_plan import Int32Array, SlotStart, StepPlan, StepResult
+from paceline.engine.step_kernels import StepKernels, StepModel
+from paceline.engine.step_plan import ModelRunner, SlotStart, StepPlan, StepResult
 from paceline.engine.weights import load_weights
 from paceline.kv_layout import attention_layout
-from paceline.request import TopLogprobs
 from paceline.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
-
-
-class Chosen(NamedTuple):
-    token_ids: torch.Tensor
-    logprobs: dict[int, TopLogprobs]
+MAX_GPU_SAMPLES = 256
+"""Tests sample every position of a prompt, which workers never do."""
 
 
 @dataclass
-class ArgmaxSampler:
-    """Greedy, and remembers the logits."""
+class RecordingModel:
+    """Remembers the logits of each step."""
 
+    model: StepModel
     logits: list[torch.Tensor] = field(default_factory=list)
 
-    def start(self, slot_start: SlotStart) -> None:
-        pass
-
-    def sample(self, logits: torch.Tensor, slots: Int32Array, indices: Int32Array) -> Chosen:
-        self.logits.append(logits.clone())
-        return Chosen(logits.argmax(dim=-1), {})
+    def forward(self, kernels: StepKernels) -> torch.Tensor:
+        logits = self.model.forward(kernels)
+        if logits.is_cuda and torch.cuda.is_current_stream_capturing():
+            return logits  # they cannot be read, and a replay does not come by here
+        self.logits.append(logits.to("cpu", torch.float32, copy=True))
+        return logits
 
 
 @dataclass
@@ -64,7 +63,9 @@ class RunnerDriver:
         num_slots: int = 16,
         dtype: str = "float32",
         seed: int = 0,
+        kind: str = "cpu",
     ) -> None:
+        """kind: cpu, or gpu, which is Triton's interpreter where there is no GPU."""
         self.config: ModelConfig = read_model_config(folder)
         layout = attention_layout(
             num_layers=self.config.num_layers,
@@ -76,26 +77,59 @@ class RunnerDriver:
         weights = load_weights(
             folder, self.config, getattr(torch, dtype), ParallelContext(), lambda done, total: None
         )
+        device = "cpu"
+        if kind == "gpu":
+            from triton_device import device as triton_device
+
+            device = triton_device()
+            weights = {name: tensor.to(device) for name, tensor in weights.items()}
         # Bytes of 0x7b are large finite numbers: reading a slot that was not written shows.
         memory = torch.full((num_blocks, layout.block_bytes), 0x7B, dtype=torch.uint8)
-        self.pool = KvPool(layout, memory)
-        self.sampler = ArgmaxSampler()
+        self.pool = KvPool(layout, memory.to(device))
         self.block_tokens = block_tokens
-        self.runner = CpuModelRunner(
-            self.config,
-            LlamaModel(self.config, weights),
-            self.sampler,
-            self.pool,
-            max_num_slots=num_slots,
-            max_model_len=self.config.max_position_embeddings,
-        )
+        self.model = RecordingModel(LlamaModel(self.config, weights))
+        self.num_slots = num_slots
+        self.runner = self._make_gpu_runner() if kind == "gpu" else self._make_cpu_runner()
         self.free = list(np.random.default_rng(seed).permutation(num_blocks))
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
-        self._pending_table: list[tuple[int, int, int]] = []
+        self._pending_table: dict[tuple[int, int], int] = {}
         self._starts: list[SlotStart] = []
         self._copies: list[tuple[int, int]] = []
         self._step_id = 0
+
+    def _make_cpu_runner(self) -> ModelRunner:
+        return CpuModelRunner(
+            self.config,
+            self.model,
+            Sampler(self.num_slots, self.config.vocab_size, (), "cpu"),
+            self.pool,
+            max_num_slots=self.num_slots,
+            max_model_len=self.config.max_position_embeddings,
+        )
+
+    def _make_gpu_runner(self) -> ModelRunner:
+        from paceline.engine.gpu.model_runner import GpuModelRunner
+        from paceline.engine.gpu.sampler import GpuSampler
+
+        sampler = GpuSampler(
+            self.num_slots,
+            MAX_GPU_SAMPLES,
+            self.config.vocab_size,
+            self.pool.kv.dtype,
+            (),
+            self.pool.blocks.device,
+        )
+        return GpuModelRunner(
+            self.config,
+            self.model,
+            sampler,
+            self.pool,
+            num_heads=self.config.num_heads,
+            max_num_slots=self.num_slots,
+            max_num_tokens=512,
+            max_model_len=self.config.max_position_embeddings,
+        )
 
     def start(self, slot: int, *, blocks: list[int] | None = None, num_tokens: int = 0) -> None:
         """Begin a sequence, perhaps on blocks that hold its first tokens already."""
@@ -110,10 +144,10 @@ class RunnerDriver:
         target = int(self.free.pop())
         self._copies.append((self.tables[slot][column], target))
         self.tables[slot][column] = target
-        self._pending_table.append((slot, column, target))
+        self._pending_table[slot, column] = target
 
     def _append_block(self, slot: int, block: int) -> None:
-        self._pending_table.append((slot, len(self.tables[slot]), int(block)))
+        self._pending_table[slot, len(self.tables[slot])] = int(block)
         self.tables[slot].append(int(block))
 
     def step(self, *rows: Row) -> tuple[StepResult, torch.Tensor]:
@@ -150,7 +184,8 @@ class RunnerDriver:
         self._step_id += 1
         arrays = {name: np.array(values, np.int32) for name, values in plan.items()}
         arrays["from_last_sample"] = arrays["from_last_sample"].astype(np.bool_)
-        table = np.array(self._pending_table, np.int32).reshape(-1, 3)
+        entries = [(*place, block) for place, block in self._pending_table.items()]
+        table = np.array(entries, np.int32).reshape(-1, 3)
         copies = np.array(self._copies, np.int32).reshape(-1, 2)
         result = self.runner.launch(
             StepPlan(
@@ -165,6 +200,10 @@ class RunnerDriver:
                 copy_targets=copies[:, 1],
             )
         ).result()
-        self._pending_table, self._starts, self._copies = [], [], []
-        logits = self.sampler.logits[-1] if plan["sample_slots"] else torch.empty(0)
+        self._pending_table, self._starts, self._copies = {}, [], []
+        logits = (
+            self.model.logits[-1][: len(plan["sample_slots"])]
+            if plan["sample_slots"]
+            else torch.empty(0)
+        )
         return result, logits

@@ -142,6 +142,8 @@ class SimulatedRunner:
         for start in plan.slot_starts:
             self._require_slot(start.slot)
             self._slots[start.slot] = _Sequence(self.model, start, len(self.pool))
+        entries = list(zip(plan.table_slots.tolist(), plan.table_columns.tolist(), strict=True))
+        _require(len(set(entries)) == len(entries), f"a table entry is set twice: {entries}")
         changes = zip(plan.table_slots, plan.table_columns, plan.table_blocks, strict=True)
         for slot, column, block in changes:
             _require(0 <= block < len(self.pool), f"block {block} is not in the pool")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 WORKER_MAIN = Path(__file__).with_name("worker_main.py")
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 300.0
 ANSWER_TIMEOUT_S = 30.0
 _incarnations = itertools.count(time.time_ns())
 

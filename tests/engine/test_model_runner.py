@@ -18,7 +18,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama-one-kv-head": (
         "LlamaForCausalLM",
-        {"num_key_value_heads": 1, "num_attention_heads": 6, "head_dim": 8},
+        {"num_key_value_heads": 1, "num_attention_heads": 8, "head_dim": 8},
     ),
     "llama-no-groups": ("LlamaForCausalLM", {"num_key_value_heads": 4, "head_dim": 32}),
     "mistral-window": ("MistralForCausalLM", {"sliding_window": 21}),
@@ -53,6 +53,19 @@ SCALED_ROPE = {
 }
 
 
+on_a_gpu = [
+    pytest.mark.gpu,
+    # Triton's interpreter would take an hour: tests/engine/gpu has short tests for it.
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=on_a_gpu)])
+def kind(request: pytest.FixtureRequest) -> str:
+    """The runner's device."""
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
@@ -63,12 +76,14 @@ def random_tokens(count: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits_of_every_position_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
+def test_logits_of_every_position_equal_those_of_transformers(
+    name: str, kind: str, tmp_path: Path
+) -> None:
     architecture, changes = ARCHITECTURES[name]
     model = write_model(tmp_path, architecture, **changes)
     tokens = random_tokens(75)
     expected = logits_of(model, tokens)
-    driver = RunnerDriver(tmp_path)
+    driver = RunnerDriver(tmp_path, kind=kind)
     driver.start(0)
     _, logits = driver.step(Row(0, tokens, sample="all"))
     torch.testing.assert_close(logits, expected, **CLOSE)
@@ -82,11 +97,13 @@ def test_logits_of_every_position_equal_those_of_transformers(name: str, tmp_pat
 
 
 @pytest.mark.parametrize("name", SCALED_ROPE)
-def test_scaled_rotary_embeddings_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
+def test_scaled_rotary_embeddings_equal_those_of_transformers(
+    name: str, kind: str, tmp_path: Path
+) -> None:
     rope = SCALED_ROPE[name] | {"rope_theta": 1000.0}
     model = write_model(tmp_path, "LlamaForCausalLM", rope_parameters=rope)
     tokens = random_tokens(200)
-    driver = RunnerDriver(tmp_path)
+    driver = RunnerDriver(tmp_path, kind=kind)
     driver.start(0)
     _, logits = driver.step(Row(0, tokens, sample="all"))
     torch.testing.assert_close(logits, logits_of(model, tokens), rtol=1e-3, atol=1e-3)
@@ -96,12 +113,12 @@ def test_scaled_rotary_embeddings_equal_those_of_transformers(name: str, tmp_pat
 @pytest.mark.parametrize("chunk", [1, 7, 16, 33, 64])
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-some-windows"])
 def test_chunk_and_block_size_do_not_change_logits(
-    name: str, chunk: int, block_tokens: int, tmp_path: Path
+    name: str, chunk: int, block_tokens: int, kind: str, tmp_path: Path
 ) -> None:
     architecture, changes = ARCHITECTURES[name]
     model = write_model(tmp_path, architecture, **changes)
     tokens = random_tokens(97, seed=chunk)
-    driver = RunnerDriver(tmp_path, block_tokens=block_tokens)
+    driver = RunnerDriver(tmp_path, kind=kind, block_tokens=block_tokens)
     driver.start(0)
     parts = [
         driver.step(Row(0, tokens[at : at + chunk], sample="all"))[1]
@@ -111,10 +128,12 @@ def test_chunk_and_block_size_do_not_change_logits(
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3"])
-def test_prompts_of_all_lengths_and_decode_share_steps(name: str, tmp_path: Path) -> None:
+def test_prompts_of_all_lengths_and_decode_share_steps(
+    name: str, kind: str, tmp_path: Path
+) -> None:
     architecture, changes = ARCHITECTURES[name]
     model = write_model(tmp_path, architecture, **changes)
-    driver = RunnerDriver(tmp_path)
+    driver = RunnerDriver(tmp_path, kind=kind)
     sequences = {slot: random_tokens(3 + 29 * slot, seed=slot) for slot in range(8)}
     for slot in sequences:
         driver.start(slot)
@@ -137,9 +156,9 @@ def test_prompts_of_all_lengths_and_decode_share_steps(name: str, tmp_path: Path
             sequences[row.slot].append(int(token))
 
 
-def test_rows_of_very_different_lengths_decode_together(tmp_path: Path) -> None:
+def test_rows_of_very_different_lengths_decode_together(kind: str, tmp_path: Path) -> None:
     model = write_model(tmp_path, "LlamaForCausalLM")
-    driver = RunnerDriver(tmp_path)
+    driver = RunnerDriver(tmp_path, kind=kind)
     sequences = {slot: random_tokens(n, slot) for slot, n in enumerate((1, 400, 17, 64, 250))}
     for slot, tokens in sequences.items():
         driver.start(slot)
@@ -150,10 +169,10 @@ def test_rows_of_very_different_lengths_decode_together(tmp_path: Path) -> None:
     torch.testing.assert_close(logits, expected, **CLOSE)
 
 
-def test_cached_prefix_blocks_serve_another_sequence(tmp_path: Path) -> None:
+def test_cached_prefix_blocks_serve_another_sequence(kind: str, tmp_path: Path) -> None:
     model = write_model(tmp_path, "Qwen2ForCausalLM")
     prefix, tail = random_tokens(48), random_tokens(30, seed=1)
-    driver = RunnerDriver(tmp_path)
+    driver = RunnerDriver(tmp_path, kind=kind)
     driver.start(0)
     driver.step(Row(0, prefix + random_tokens(9, seed=2), sample="none"))
     driver.start(1, blocks=driver.tables[0][:3], num_tokens=48)
@@ -161,7 +180,7 @@ def test_cached_prefix_blocks_serve_another_sequence(tmp_path: Path) -> None:
     torch.testing.assert_close(logits, logits_of(model, prefix + tail)[48:], **CLOSE)
 
 
-def test_a_foreign_block_or_a_position_off_changes_the_logits(tmp_path: Path) -> None:
+def test_a_foreign_block_or_a_position_off_changes_the_logits(kind: str, tmp_path: Path) -> None:
     """The check above would notice a wrong block table.
 
     Swapping two whole blocks of one prefix would show nothing: keys carry their positions.
@@ -169,7 +188,7 @@ def test_a_foreign_block_or_a_position_off_changes_the_logits(tmp_path: Path) ->
     model = write_model(tmp_path, "Qwen2ForCausalLM")
     prefix, tail = random_tokens(48), random_tokens(30, seed=1)
     expected = logits_of(model, prefix + tail)[48:]
-    driver = RunnerDriver(tmp_path)
+    driver = RunnerDriver(tmp_path, kind=kind)
     for slot, tokens in ((0, prefix), (1, random_tokens(48, seed=2))):
         driver.start(slot)
         driver.step(Row(slot, tokens, sample="none"))
@@ -184,11 +203,11 @@ def test_a_foreign_block_or_a_position_off_changes_the_logits(tmp_path: Path) ->
             torch.testing.assert_close(logits, expected, **CLOSE)
 
 
-def test_forks_share_blocks_until_one_writes(tmp_path: Path) -> None:
+def test_forks_share_blocks_until_one_writes(kind: str, tmp_path: Path) -> None:
     """Two choices sample from one position, then go separate ways over a copied last block."""
     model = write_model(tmp_path, "LlamaForCausalLM")
     prompt = random_tokens(21)
-    driver = RunnerDriver(tmp_path)
+    driver = RunnerDriver(tmp_path, kind=kind)
     driver.start(0)
     driver.start(1)
     result, _ = driver.step(Row(0, prompt, sample_slots=[0, 1]))
@@ -205,9 +224,9 @@ def test_forks_share_blocks_until_one_writes(tmp_path: Path) -> None:
     assert driver.tables[0][1] != driver.tables[1][1]
 
 
-def test_slot_can_be_used_again_by_a_shorter_sequence(tmp_path: Path) -> None:
+def test_slot_can_be_used_again_by_a_shorter_sequence(kind: str, tmp_path: Path) -> None:
     model = write_model(tmp_path, "LlamaForCausalLM")
-    driver = RunnerDriver(tmp_path)
+    driver = RunnerDriver(tmp_path, kind=kind)
     driver.start(0)
     driver.step(Row(0, random_tokens(90), sample="none"))
     driver.start(0)
@@ -216,14 +235,14 @@ def test_slot_can_be_used_again_by_a_shorter_sequence(tmp_path: Path) -> None:
     torch.testing.assert_close(logits, logits_of(model, tokens), **CLOSE)
 
 
-def test_bfloat16_deviates_no_more_than_transformers_own(tmp_path: Path) -> None:
+def test_bfloat16_deviates_no_more_than_transformers_own(kind: str, tmp_path: Path) -> None:
     model = make_model("LlamaForCausalLM")
     tokens = random_tokens(90)
     save_model(model, tmp_path)
     half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     exact = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).to(torch.float32).eval()
     expected = logits_of(exact, tokens)
-    driver = RunnerDriver(tmp_path, dtype="bfloat16")
+    driver = RunnerDriver(tmp_path, kind=kind, dtype="bfloat16")
     driver.start(0)
     parts = [driver.step(Row(0, tokens[:60], sample="all"))[1]]
     parts += [driver.step(Row(0, [token]))[1] for token in tokens[60:]]
@@ -233,9 +252,9 @@ def test_bfloat16_deviates_no_more_than_transformers_own(tmp_path: Path) -> None
     assert ours.max() <= 2.0 * theirs.max()
 
 
-def test_a_failed_step_raises_when_its_result_is_asked_for(tmp_path: Path) -> None:
+def test_a_failed_step_raises_when_its_result_is_asked_for(kind: str, tmp_path: Path) -> None:
     write_model(tmp_path, "LlamaForCausalLM")
-    driver = RunnerDriver(tmp_path)
+    driver = RunnerDriver(tmp_path, kind=kind)
     driver.start(0)
     with pytest.raises(IndexError):
         driver.step(Row(0, [VOCAB_SIZE + 5]))

@@ -1,0 +1,183 @@
+"""Put a runner on a GPU: measure a step's memory, size the KV pool from it, capture graphs.
+
+Everything that a step may compile is compiled here, so that no request waits for it.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from paceline.engine.gpu.graphs import graph_sizes
+from paceline.engine.gpu.memory import MemoryPlan
+from paceline.engine.gpu.model_runner import GpuModelRunner
+from paceline.engine.gpu.prefill_plan import LONGEST_CHUNKS
+from paceline.engine.gpu.sampler import GpuSampler
+from paceline.engine.kv_pool import TORCH_DTYPES, KvPool
+from paceline.engine.model_config import ModelConfig
+from paceline.engine.settings import EngineSettings
+from paceline.engine.step_kernels import StepModel
+from paceline.engine.step_plan import SlotStart, StepPlan
+from paceline.kv_layout import KvLayout
+from paceline.sampling_params import SamplingParams
+
+GRAPH_BYTES = 32 << 20
+"""Of each graph beside its tensors: the launches of a few hundred kernels."""
+
+Timed = Callable[[str], AbstractContextManager[None]]
+"""Enter around a step of the start-up checklist."""
+OnProgress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GpuBuild:
+    """What a runner is built from."""
+
+    config: ModelConfig
+    model: StepModel
+    num_heads: int
+    """Of this rank"""
+    layout: KvLayout
+    settings: EngineSettings
+    max_model_len: int
+    device: torch.device
+
+    def make_sampler(self) -> GpuSampler:
+        """Allocate the sampler."""
+        return GpuSampler(
+            self.settings.max_num_seqs,
+            self.settings.max_num_seqs,
+            self.config.vocab_size,
+            TORCH_DTYPES[self.layout.groups[0].planes[0].dtype],
+            self.config.eos_token_ids,
+            self.device,
+        )
+
+    def make_runner(self, sampler: GpuSampler, num_blocks: int) -> tuple[GpuModelRunner, KvPool]:
+        """Allocate a pool and a runner on it."""
+        blocks = torch.zeros(
+            (num_blocks, self.layout.block_bytes), dtype=torch.uint8, device=self.device
+        )
+        pool = KvPool(self.layout, blocks)
+        runner = GpuModelRunner(
+            self.config,
+            self.model,
+            sampler,
+            pool,
+            num_heads=self.num_heads,
+            max_num_slots=self.settings.max_num_seqs,
+            max_num_tokens=self.settings.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+        )
+        return runner, pool
+
+
+def build_runner(
+    build: GpuBuild, *, captures: bool, timed: Timed, on_progress: OnProgress
+) -> tuple[GpuModelRunner, KvPool, MemoryPlan]:
+    """Build the runner; with `captures` decode steps become graphs.
+
+    Raises CapacityError when the pool does not fit.
+    """
+    settings = build.settings
+    weights = _allocated(build.device)
+    with timed("compile kernels and measure a step"):
+        sampler = build.make_sampler()
+        sampler.compile_kernels()
+        runner, pool = build.make_runner(sampler, num_blocks=2)
+        state = _allocated(build.device) - weights
+        activations = _peak(build.device, lambda: _run_prefills(runner, build))
+        decode = _peak(build.device, lambda: _run_decodes(runner, build, captures))
+        runner.close()
+        del runner, pool
+        graphs = _graph_bytes(build, decode) if captures else 0
+        plan = _plan(build.device, weights, state, activations, graphs)
+    num_blocks = plan.pool_blocks(
+        build.layout,
+        num_kv_blocks=settings.num_kv_blocks,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+    )
+    pool_gib = num_blocks * build.layout.block_bytes / (1 << 30)
+    with timed(f"allocate the KV pool ({num_blocks:,} blocks, {pool_gib:.1f} GiB)"):
+        runner, pool = build.make_runner(sampler, num_blocks)
+    if captures:
+        with timed(f"capture {runner.num_graphs} CUDA graphs"):
+            runner.capture_graphs(
+                lambda count: on_progress("Capturing CUDA graphs", count / runner.num_graphs)
+            )
+    return runner, pool, plan
+
+
+def _graph_bytes(build: GpuBuild, decode: int) -> int:
+    """Estimate what captured decode steps keep; `decode`: what the largest takes at most."""
+    sizes = graph_sizes(build.settings.max_num_seqs)
+    dtype_bytes = TORCH_DTYPES[build.layout.groups[0].planes[0].dtype].itemsize
+    logits = sum(sizes) * build.config.vocab_size * dtype_bytes  # each graph keeps its own
+    return decode + logits + len(sizes) * GRAPH_BYTES
+
+
+def _plan(
+    device: torch.device, weights: int, state: int, activations: int, graphs: int
+) -> MemoryPlan:
+    if device.type != "cuda":
+        return MemoryPlan(1 << 40, 1 << 40, weights, state, activations, graphs)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return MemoryPlan(total, free, weights, state, activations, graphs)
+
+
+def _run_prefills(runner: GpuModelRunner, build: GpuBuild) -> None:
+    """Run a step of each kind of tile, then the one of most tokens and samples."""
+    max_tokens = build.settings.max_num_batched_tokens
+    for longest in LONGEST_CHUNKS:
+        count = min(longest, max_tokens, build.max_model_len)
+        _run(runner, [count])
+    num_rows = min(build.settings.max_num_seqs, max_tokens)
+    _run(runner, [min(max_tokens // num_rows, build.max_model_len)] * num_rows)
+
+
+def _run_decodes(runner: GpuModelRunner, build: GpuBuild, captures: bool) -> None:
+    """Run a decode step of the largest size; of every size if none of them will be captured."""
+    sizes = graph_sizes(build.settings.max_num_seqs)
+    for size in sizes[-1:] if captures else sizes:
+        _run(runner, [1] * size)
+
+
+def _run(runner: GpuModelRunner, counts: list[int]) -> None:
+    """Run a step of rows with so many new tokens; all tables name block 0."""
+    num_rows = len(counts)
+    slots = np.arange(num_rows, dtype=np.int32)
+    num_new = np.array(counts, dtype=np.int32)
+    tokens = np.zeros(int(num_new.sum()), dtype=np.int32)
+    # At random, so that every part of the sampler runs.
+    sampling = SamplingParams(temperature=1.0, top_k=5, top_p=0.9, seed=0, presence_penalty=0.5)
+    empty = np.empty(0, np.int32)
+    plan = StepPlan(
+        step_id=0,
+        slots=slots,
+        starts=np.zeros(num_rows, dtype=np.int32),
+        num_new_tokens=num_new,
+        from_last_sample=np.zeros(num_rows, dtype=np.bool_),
+        tokens=tokens,
+        sample_positions=(np.cumsum(num_new) - 1).astype(np.int32),
+        sample_slots=slots,
+        sample_indices=np.zeros(num_rows, dtype=np.int32),
+        slot_starts=[SlotStart(slot, sampling, 0, empty, empty) for slot in range(num_rows)],
+    )
+    runner.launch(plan).result()
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _peak(device: torch.device, run: Callable[[], None]) -> int:
+    """Bytes that a call took at most, beyond what was allocated before it."""
+    before = _allocated(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0

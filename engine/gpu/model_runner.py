@@ -1,0 +1,281 @@
+"""Run planned steps on a GPU, launched ahead: nothing in a step waits for the device.
+
+    launch(n + 1)   CPU  | pack, copy, replay |            result(n): wait, read pinned memory
+                    GPU  ...step n............|prepare|layers|sample|copy to pinned|event
+
+What sequences keep from step to step lives on the device by slot: block tables, the last sampled
+token, sampling parameters. Steps in which every row decodes are padded to one of a few sizes and
+replay a CUDA graph; the others are launched kernel by kernel.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from paceline.engine.gpu.graphs import StepGraphs, graph_sizes
+from paceline.engine.gpu.prefill_plan import PrefillPlan, PrefillPlanner, count_decode_rows
+from paceline.engine.gpu.sampler import GpuSampler
+from paceline.engine.gpu.step_inputs import ChangeUpload, PinnedRing, RowShape, RowUpload
+from paceline.engine.gpu.step_kernels import GpuBatch, GpuStepKernels, KernelResources
+from paceline.engine.kv_pool import KvPool
+from paceline.engine.model_config import ModelConfig
+from paceline.engine.step_kernels import StepModel
+from paceline.engine.step_plan import FinishedStep, StepHandle, StepPlan, StepResult
+from paceline.kernels.block_copy_triton import block_copy_triton
+from paceline.kernels.prefill_tiles import TileTable
+from paceline.kernels.step_inputs_triton import (
+    keep_samples_triton,
+    resolve_rows_triton,
+    set_table_entries_triton,
+)
+
+
+class Computed(NamedTuple):
+    """What a step's layers wrote, and the slots that it sampled; on the device."""
+
+    logits: torch.Tensor
+    """[S, vocab_size]"""
+    sample_slots: torch.Tensor
+    """int32 [S]"""
+
+
+class LaunchedStep(NamedTuple):
+    """A step on its way. Implements `StepHandle`."""
+
+    event: torch.cuda.Event | None
+    finish: Callable[[], StepResult]
+
+    def done(self) -> bool:
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def result(self) -> StepResult:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.finish()
+
+
+class GpuModelRunner:
+    """ModelRunner of one GPU; on a CPU device its kernels run in Triton's interpreter."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        model: StepModel,
+        sampler: GpuSampler,
+        pool: KvPool,
+        *,
+        num_heads: int,
+        max_num_slots: int,
+        max_num_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        """num_heads: of this rank. max_num_tokens: new tokens of a step at most."""
+        device = pool.blocks.device
+        self.max_num_slots = max_num_slots
+        self._config = config
+        self._model = model
+        self._sampler = sampler
+        self._pool: KvPool | None = pool
+        self._device = device
+        self._block_tokens = pool.layout.block_tokens
+        self._max_num_tokens = max(max_num_tokens, max_num_slots)
+        num_columns = -(-max_model_len // self._block_tokens)
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self._tables = empty(max_num_slots, num_columns)
+        self._last_samples = empty(max_num_slots)
+        self._row_tables = empty(max_num_slots, num_columns)
+        self._token_ids = empty(self._max_num_tokens)
+        self._graphs: StepGraphs[Computed] = StepGraphs(graph_sizes(max_num_slots), device)
+        self._has_graphs = False
+        self._resources = KernelResources(
+            config,
+            num_heads,
+            pool.kv,
+            max_model_len=max_model_len,
+            decode_sizes=self._graphs.sizes,
+        )
+        self._planner = PrefillPlanner(config, num_heads, pool.kv)
+        self._rows = RowUpload(max_num_slots, self._max_num_tokens, sampler.max_num_samples, device)
+        self._changes = ChangeUpload(device)
+        self._results = PinnedRing(sampler.num_result_words, device)
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs.sizes)
+
+    def capture_graphs(self, on_captured: Callable[[int], None] = lambda count: None) -> None:
+        """Capture decode steps; from then on they are replayed. Called before the first step.
+
+        Raises what the device raises, its lack of memory for one.
+        """
+        with torch.inference_mode():
+            self._rows.clear()  # each is launched once before it is captured
+            self._graphs.capture(self._decode_step_of, on_captured)
+        self._has_graphs = True
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Begin a step. An error before it was begun is kept for `result`."""
+        try:
+            with torch.inference_mode():
+                return self._launch(plan)
+        except Exception as error:
+            return FinishedStep(error)
+
+    def close(self) -> None:
+        """Let go of the pool and of the graphs that read it."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._graphs.close()
+        self._has_graphs = False
+        self._pool = None
+
+    def _launch(self, plan: StepPlan) -> LaunchedStep:
+        pool = self._pool
+        if pool is None:
+            raise RuntimeError(f"step {plan.step_id} was launched after the runner was closed")
+        self._check(plan)
+        self._apply_changes(plan, pool)
+        if not len(plan.slots):
+            return self._launched(lambda: StepResult(plan.step_id, np.empty(0, np.int32)))
+        computed = self._compute_decode(plan) if _only_decodes(plan) else self._compute(plan)
+        return self._read_back(plan, computed)
+
+    def _read_back(self, plan: StepPlan, computed: Computed) -> LaunchedStep:
+        """Copy what the step sampled to pinned memory, behind it."""
+        sampler, slots = self._sampler, plan.sample_slots
+        with_logprobs = sampler.wants_logprobs(slots)
+        if with_logprobs:
+            sampler.logprobs(computed.logits, computed.sample_slots)
+        words = sampler.result_words(with_logprobs=with_logprobs)
+        pinned = self._results.next()[: words.shape[0]]
+        pinned.copy_(words, non_blocking=True)
+
+        def finish() -> StepResult:
+            samples = sampler.results(pinned, slots, with_logprobs=with_logprobs)
+            return StepResult(plan.step_id, samples.token_ids, samples.logprobs)
+
+        return self._launched(finish)
+
+    def _launched(self, finish: Callable[[], StepResult]) -> LaunchedStep:
+        if self._device.type != "cuda":
+            return LaunchedStep(None, finish)
+        # A wait for it sleeps: the io thread has better use for the core.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return LaunchedStep(event, finish)
+
+    def _check(self, plan: StepPlan) -> None:
+        """Refuse what a kernel would take as an address, before anything is launched."""
+        num_rows, num_tokens = len(plan.slots), plan.num_tokens
+        if num_rows > self.max_num_slots or num_tokens > self._max_num_tokens:
+            raise ValueError(
+                f"step {plan.step_id} has {num_rows} rows and {num_tokens} new tokens; the runner "
+                f"was made for {self.max_num_slots} and {self._max_num_tokens}"
+            )
+        if len(plan.tokens) and not 0 <= plan.tokens.min() <= plan.tokens.max() < (
+            self._config.vocab_size
+        ):
+            raise IndexError(
+                f"step {plan.step_id} has token ids {plan.tokens.min()} to {plan.tokens.max()}; "
+                f"the vocabulary has {self._config.vocab_size}"
+            )
+        places = plan.table_slots.astype(np.int64) * self._tables.shape[1] + plan.table_columns
+        if len(np.unique(places)) < len(places):
+            raise ValueError(
+                f"step {plan.step_id} sets an entry of a block table twice, and which of the two "
+                "would hold is open"
+            )
+        room = self._tables.shape[1] * self._block_tokens
+        longest = int((plan.starts + plan.num_new_tokens).max(initial=0))
+        if longest > room:
+            raise ValueError(
+                f"step {plan.step_id} makes a sequence of {longest} tokens; a table holds {room}"
+            )
+
+    def _apply_changes(self, plan: StepPlan, pool: KvPool) -> None:
+        if not (plan.slot_starts or len(plan.table_slots) or len(plan.copy_sources)):
+            return
+        *tables, sources, targets, starts = self._changes.pack(
+            (
+                plan.table_slots,
+                plan.table_columns,
+                plan.table_blocks,
+                plan.copy_sources,
+                plan.copy_targets,
+                self._sampler.encode_starts(plan.slot_starts),
+            )
+        )
+        if plan.slot_starts:
+            self._sampler.start(starts, len(plan.slot_starts))
+        set_table_entries_triton(self._tables, *tables)
+        if len(plan.copy_sources):
+            block_copy_triton(pool.blocks, sources, targets)
+
+    def _compute_decode(self, plan: StepPlan) -> Computed:
+        """Compute a step of one sampled token a row, padded to a size that has a graph."""
+        size = self._graphs.size_for(len(plan.slots))
+        assert size is not None  # the largest is max_num_slots, which was checked
+        self._rows.pack(plan, size - len(plan.slots))
+        return self._graphs.replay(size) if self._has_graphs else self._decode_step_of(size)()
+
+    def _decode_step_of(self, size: int) -> Callable[[], Computed]:
+        """Return the launch of a decode step of so many rows, from what is packed by then."""
+        shape = RowShape(size, size, size)
+        return lambda: self._run(shape, num_decode_rows=size, prefill=None, every_token=True)
+
+    def _compute(self, plan: StepPlan) -> Computed:
+        num_decode_rows = count_decode_rows(plan)
+        prefill = self._planner.plan(plan, num_decode_rows)
+        shape = self._rows.pack(plan, tiles=None if prefill is None else prefill.entries)
+        return self._run(shape, num_decode_rows, prefill, every_token=False)
+
+    def _run(
+        self, shape: RowShape, num_decode_rows: int, prefill: PrefillPlan | None, every_token: bool
+    ) -> Computed:
+        arrays = self._rows.arrays(shape)
+        row_tables = self._row_tables[: shape.num_rows]
+        token_ids = self._token_ids[: shape.num_tokens]
+        resolve_rows_triton(
+            self._tables,
+            self._last_samples,
+            arrays.row_slots,
+            arrays.lengths,
+            arrays.token_rows,
+            arrays.given,
+            self._block_tokens,
+            row_tables,
+            token_ids,
+        )
+        batch = GpuBatch(
+            token_ids=token_ids,
+            positions=arrays.positions,
+            token_rows=arrays.token_rows,
+            row_tables=row_tables,
+            lengths=arrays.lengths,
+            offsets=arrays.offsets,
+            num_decode_rows=num_decode_rows,
+            decode_size=self._graphs.size_for(num_decode_rows) or num_decode_rows,
+            prefill=None
+            if prefill is None
+            else TileTable(prefill.tiles, self._rows.tiles(shape, len(prefill.entries))),
+            sample_positions=None if every_token else arrays.sample_positions,
+        )
+        logits = self._model.forward(GpuStepKernels(self._resources, batch))
+        samples = self._sampler.sample(logits, arrays.sample_slots, arrays.sample_indices)
+        keep_samples_triton(self._last_samples, arrays.sample_slots, samples.token_ids)
+        return Computed(logits, arrays.sample_slots)
+
+
+def _only_decodes(plan: StepPlan) -> bool:
+    """Whether every row has one token and its slot samples behind it."""
+    num_rows = len(plan.slots)
+    return (
+        plan.num_tokens == num_rows == len(plan.sample_slots)
+        and np.array_equal(plan.sample_slots, plan.slots)
+        and np.array_equal(plan.sample_positions, np.arange(num_rows))
+    )

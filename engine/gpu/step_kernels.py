@@ -1,0 +1,262 @@
+"""The operations of one step on a GPU; see `paceline.engine.step_kernels`.
+
+Products of few rows are Triton's (reading the weight is their time), larger ones cuBLAS's. Rows of
+one token that lead the step attend by the decode kernel, the others by the prefill kernel.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from paceline.engine.model_config import ModelConfig
+from paceline.engine.rope import inverse_frequencies
+from paceline.errors import UnsupportedModelError
+from paceline.kernels.decode_attention_triton import DecodeTiles, decode_attention_triton
+from paceline.kernels.decode_attention_triton import choose_tiles as choose_decode_tiles
+from paceline.kernels.prefill_attention_triton import prefill_attention_triton
+from paceline.kernels.prefill_tiles import TileTable
+from paceline.kernels.rms_norm_triton import add_rms_norm_triton, rms_norm_triton
+from paceline.kernels.rope_kv_write_triton import rope_cos_sin, rope_kv_write_triton
+from paceline.kernels.silu_mul_triton import silu_mul_triton
+from paceline.kernels.skinny_matmul_triton import (
+    SkinnyTiles,
+    SkinnyWorkspace,
+    choose_tiles,
+    skinny_matmul_triton,
+    workspace_size,
+)
+
+MAX_HEAD_DIM = 256
+MAX_SKINNY_ROWS = 64
+"""Above this cuBLAS is at least as fast: bench/results/kernels_h200.json."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GpuBatch:
+    """A step's rows on the device. Rows of one token lead: decode takes them, prefill the rest."""
+
+    token_ids: torch.Tensor
+    """int32 [T]"""
+    positions: torch.Tensor
+    """int32 [T] within their sequences"""
+    token_rows: torch.Tensor
+    """int32 [T]; -1 pads"""
+    row_tables: torch.Tensor
+    """int32 [R, columns] block ids"""
+    lengths: torch.Tensor
+    """int32 [R] tokens of the context, the new ones included; 0 pads"""
+    offsets: torch.Tensor
+    """int32 [R + 1] first token of each row"""
+    num_decode_rows: int
+    decode_size: int
+    """Rows that decode tiles are chosen for: a captured size, not less than num_decode_rows"""
+    prefill: TileTable | None
+    """Tiles of the rows that do not decode"""
+    sample_positions: torch.Tensor | None
+    """int32 [S] among the T; None: every token in order"""
+
+
+class KernelResources:
+    """What the kernels of all steps share: rotations of every position, and workspaces."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_heads: int,
+        kv: torch.Tensor,
+        *,
+        max_model_len: int,
+        decode_sizes: Sequence[int],
+    ) -> None:
+        """Raise UnsupportedModelError for a model that the kernels cannot compute.
+
+        kv: the pool's view. decode_sizes: the batch sizes that decode tiles are chosen for.
+        """
+        if config.head_dim % 8 or config.head_dim > MAX_HEAD_DIM:
+            raise UnsupportedModelError(
+                f"head_dim is {config.head_dim}; on GPUs it must be a multiple of 8, up to "
+                f"{MAX_HEAD_DIM}. Set device to cpu, or serve another model."
+            )
+        self.config = config
+        self.kv = kv
+        self.num_heads = num_heads
+        self.scale = config.head_dim**-0.5
+        self._max_model_len = max_model_len
+        self._num_sms = _num_sms(kv.device)
+        self._skinny_tiles: dict[tuple[int, int, int, bool], SkinnyTiles] = {}
+        self.launch_early = _launches_early(kv.device)
+        frequencies = inverse_frequencies(config.rope, config.head_dim).to(kv.device)
+        self.cos_sin = rope_cos_sin(max_model_len, frequencies, config.rope.attention_factor)
+        sizes = [
+            self.decode_tiles(rows, window).workspace_elements(rows, num_heads, config.head_dim)
+            for rows in decode_sizes
+            for window in set(config.windows)
+        ]
+        self.decode_workspace = torch.empty(
+            max(sizes, default=0), dtype=torch.float32, device=kv.device
+        )
+        self.skinny_workspace = self._allocate_skinny_workspace()
+
+    def decode_tiles(self, num_rows: int, window: int | None) -> DecodeTiles:
+        """Return the tiles for a decode of so many rows."""
+        num_kv_heads = self.kv.shape[2]
+        limit = self._max_model_len if window is None else min(window, self._max_model_len)
+        return choose_decode_tiles(
+            num_rows,
+            num_kv_heads=num_kv_heads,
+            num_queries=self.num_heads // num_kv_heads,
+            head_dim=self.config.head_dim,
+            dtype=self.kv.dtype,
+            max_context=limit,
+            num_sms=self._num_sms,
+        )
+
+    def skinny_tiles(self, num_rows: int, weight: torch.Size, gated: bool) -> SkinnyTiles:
+        """Return the tiles for a product of few rows."""
+        key = (num_rows, weight[0], weight[1], gated)
+        tiles = self._skinny_tiles.get(key)
+        if tiles is None:
+            num_outputs, inner = weight
+            tiles = choose_tiles(num_rows, num_outputs, inner, self.kv.dtype, gated)
+            tiles = dataclasses.replace(tiles, launch_early=self.launch_early)
+            self._skinny_tiles[key] = tiles
+        return tiles
+
+    def _allocate_skinny_workspace(self) -> SkinnyWorkspace:
+        config, width = self.config, self.num_heads * self.config.head_dim
+        qkv_width = width + 2 * self.kv.shape[2] * config.head_dim
+        products = (
+            (qkv_width, config.hidden_size, False),
+            (config.hidden_size, width, False),
+            (2 * config.intermediate_size, config.hidden_size, True),
+            (config.hidden_size, config.intermediate_size, False),
+            (config.vocab_size, config.hidden_size, False),
+        )
+        needed = []
+        for num_outputs, inner, gated in products:
+            for num_rows in range(1, MAX_SKINNY_ROWS + 1):
+                tiles = choose_tiles(num_rows, num_outputs, inner, self.kv.dtype, gated)
+                needed.append(workspace_size(num_rows, num_outputs, tiles, gated))
+        return SkinnyWorkspace.allocate(
+            max(size for size, _ in needed), max(tiles for _, tiles in needed), self.kv.device
+        )
+
+
+class GpuStepKernels:
+    """Implements `StepKernels` for one step, or for all steps of one captured shape."""
+
+    def __init__(self, resources: KernelResources, batch: GpuBatch) -> None:
+        self._resources = resources
+        self._batch = batch
+        self._eps = resources.config.rms_norm_eps
+
+    def embed(self, table: torch.Tensor) -> torch.Tensor:
+        return F.embedding(self._batch.token_ids, table)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm_triton(x, weight, self._eps, launch_early=self._resources.launch_early)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        launch_early = self._resources.launch_early
+        return add_rms_norm_triton(x, residual, weight, self._eps, out=x, launch_early=launch_early)
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if x.shape[0] > MAX_SKINNY_ROWS:
+            return F.linear(x, weight, bias)
+        return self._skinny(x, weight, bias, gated=False)
+
+    def gated_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if x.shape[0] > MAX_SKINNY_ROWS:
+            return silu_mul_triton(F.linear(x, weight, bias))
+        return self._skinny(x, weight, bias, gated=True)
+
+    def _skinny(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool
+    ) -> torch.Tensor:
+        resources = self._resources
+        return skinny_matmul_triton(
+            x,
+            weight,
+            bias,
+            gated=gated,
+            workspace=resources.skinny_workspace,
+            tiles=resources.skinny_tiles(x.shape[0], weight.shape, gated),
+        )
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        layer: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+    ) -> torch.Tensor:
+        resources, batch = self._resources, self._batch
+        q = rope_kv_write_triton(
+            qkv,
+            resources.cos_sin,
+            batch.positions,
+            batch.token_rows,
+            batch.row_tables,
+            resources.kv,
+            layer,
+            num_heads=resources.num_heads,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=self._eps,
+            launch_early=resources.launch_early,
+        )
+        output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        window = resources.config.windows[layer]
+        num_decode = batch.num_decode_rows
+        if num_decode:
+            decode_attention_triton(
+                q[:num_decode],
+                resources.kv,
+                layer,
+                batch.row_tables[:num_decode],
+                batch.lengths[:num_decode],
+                resources.scale,
+                window=window,
+                out=output[:num_decode],
+                workspace=resources.decode_workspace,
+                tiles=resources.decode_tiles(batch.decode_size, window),
+                launch_early=resources.launch_early,
+            )
+        if batch.prefill is not None:
+            prefill_attention_triton(
+                q,
+                resources.kv,
+                layer,
+                batch.row_tables,
+                batch.lengths,
+                batch.offsets,
+                batch.prefill,
+                resources.scale,
+                window=window,
+                out=output,
+            )
+        return output.view(qkv.shape[0], -1)
+
+    def take_sampled(self, x: torch.Tensor) -> torch.Tensor:
+        positions = self._batch.sample_positions
+        return x if positions is None else x.index_select(0, positions)
+
+
+def _num_sms(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1  # the interpreter runs one program after another
+
+
+def _launches_early(device: torch.device) -> bool:
+    """Whether kernels may start while the one ahead ends: programmatic launch, from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

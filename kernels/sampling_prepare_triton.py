@@ -1,0 +1,97 @@
+"""The first kernel of sampling: what a slot changes of its logits, and the best of each tile.
+
+s = logits, -inf where not allowed, + logit_bias, -inf while min_tokens bans, - penalties
+"""
+
+import triton
+import triton.language as tl
+
+from paceline.kernels.sampling_distances_triton import changes_logits, first_of
+from paceline.kernels.sampling_slots_triton import (
+    FREQUENCY,
+    HAS_PENALTIES,
+    MIN_TOKENS,
+    NUM_BIASES,
+    NUM_EDITS,
+    PRESENCE,
+    REPETITION,
+    slot_float,
+    slot_int,
+)
+
+
+@triton.jit
+def largest_or_nan(values):  # type: ignore[no-untyped-def]
+    """Return the largest value, or NaN if one is not a number."""
+    has_nan = tl.max((values != values).to(tl.int32), axis=0) != 0
+    return tl.where(has_nan, float("nan"), tl.max(values, axis=0))
+
+
+@triton.jit
+def _edited(values, tokens, slots, slot, edit_stride, index):  # type: ignore[no-untyped-def]
+    num_edits = slot_int(slots, slot, NUM_BIASES)
+    if index < slot_int(slots, slot, MIN_TOKENS):
+        num_edits = slot_int(slots, slot, NUM_EDITS)
+    edits = slots.edits + slot * edit_stride
+    for edit in range(num_edits):
+        value = tl.load(edits + 2 * edit + 1).to(tl.float32, bitcast=True)
+        values = tl.where(tokens == tl.load(edits + 2 * edit), values + value, values)
+    return values
+
+
+@triton.jit
+def _penalised(values, tokens, slots, slot, vocab_size):  # type: ignore[no-untyped-def]
+    """Return what `sampling.apply_penalties_` makes of the values."""
+    repetition = slot_float(slots, slot, REPETITION)
+    presence = slot_float(slots, slot, PRESENCE)
+    frequency = slot_float(slots, slot, FREQUENCY)
+    inside = tokens < vocab_size
+    places = slot * vocab_size + tokens
+    was_seen = tl.load(slots.seen + places, mask=inside, other=0) != 0
+    count = tl.load(slots.counts + places, mask=inside, other=0)
+    divided = tl.div_rn(values, tl.zeros_like(values) + repetition)
+    penalised = tl.where(values > 0, divided, values * repetition)
+    penalised -= frequency * count + presence * (count > 0).to(tl.float32)
+    return tl.where(was_seen, penalised, values)
+
+
+@triton.jit(do_not_specialize_on_alignment=["row_slots", "indices"])
+def prepare_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    logits_stride,
+    row_slots,
+    indices,
+    slots,
+    edit_stride,
+    allowed_mask,
+    mask_stride,
+    workspace,
+    vocab_size,
+    NUM_TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A program: a tile of a row. Writes scores, if the slot changes any, and the tile's best."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    slot = tl.load(row_slots + row).to(tl.int64)
+    if slot < 0:
+        return
+    tokens = tile * TILE + tl.arange(0, TILE)
+    inside = tokens < vocab_size
+    values = tl.load(logits + row * logits_stride + tokens, mask=inside, other=float("-inf"))
+    values = values.to(tl.float32)
+    place = row * NUM_TILES + tile
+    tl.store(workspace.tile_largest + place, largest_or_nan(values))
+    if tile == 0:
+        tl.store(workspace.list_lengths + row, 0)
+    if changes_logits(slots, slot, allowed_mask is not None):
+        if allowed_mask is not None:
+            words = tl.load(allowed_mask + row * mask_stride + tokens // 32, mask=inside, other=0)
+            values = tl.where(((words >> (tokens % 32)) & 1) != 0, values, float("-inf"))
+        values = _edited(values, tokens, slots, slot, edit_stride, tl.load(indices + row))
+        if slot_int(slots, slot, HAS_PENALTIES) != 0:
+            values = _penalised(values, tokens, slots, slot, vocab_size)
+        tl.store(workspace.scores + row * vocab_size + tokens, values, mask=inside)
+    best, token = first_of(values, tokens)
+    tl.store(workspace.tile_best + place, best)
+    tl.store(workspace.tile_best_token + place, token)
