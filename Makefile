@@ -39,8 +39,8 @@ test-full: install ## Every test that needs no GPU
 
 test-gpu: install ## The tests that need a GPU
 	.venv/bin/pytest -m gpu
-# The kernels' tests run on the device where there is one, else in Triton's interpreter.
-	.venv/bin/pytest tests/kernels
+# These run on the device where there is one, else in Triton's interpreter.
+	.venv/bin/pytest tests/kernels tests/engine/gpu -m "not gpu"
 
 bench: install ## Drive the running deployment; options in ARGS
 	.venv/bin/paceline bench $(ARGS)

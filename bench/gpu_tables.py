@@ -141,14 +141,22 @@ def busy_section(engines: Sequence[Document]) -> str:
             f"{found['step_ms']:.2f}",
             f"{profile['wall_us'] / 1e3:.2f}",
             f"{profile['busy_us'] / 1e3:.2f}",
-            f"{profile['busy_share']:.1%}",
+            f"{profile['busy_us'] / 1e3 / found['step_ms']:.1%}",
             f"{profile['num_steps']}",
         ]
         for document in engines
         for point, found in document.result["decode"].items()
         if (profile := found.get("profile"))
     ]
-    head = ["model", "batch × context", "step, ms", "traced, ms", "busy, ms", "busy", "steps"]
+    head = [
+        "model",
+        "batch × context",
+        "step, ms",
+        "step while traced, ms",
+        "busy, ms",
+        "busy share of a step",
+        "steps traced",
+    ]
     return table(head, rows) if rows else ""
 
 

@@ -16,7 +16,7 @@ import ray
 
 from paceline.cluster.control_service import ControlServer, ControlServicer
 from paceline.cluster.controller import Controller
-from paceline.cluster.devices import restrict_gpus
+from paceline.cluster.devices import prepare_environment
 from paceline.cluster.hosted import BuildHosted, HostContext, Hosted, HostedLoad
 from paceline.cluster.launcher import (
     LoadProgress,
@@ -115,7 +115,7 @@ class ProcessActor:
         try:
             role = self._name.role
             pool = pool_settings(self._settings, role) if role.is_worker else None
-            restrict_gpus(pool, os.environ)
+            prepare_environment(pool, os.environ)
             self._hosted = self._build(context)
             address = await self._hosted.start()
         except Exception as error:

@@ -11,6 +11,8 @@ from grpc_reflection.v1alpha import reflection
 
 from paceline.cluster.controller import Controller
 from paceline.cluster.process_state import ProcessState, Role
+from paceline.cluster.resources import pool_settings
+from paceline.cluster.settings import DeploymentSettings
 from paceline.cluster.supervised import Supervised
 from paceline.errors import ConfigError, PacelineError
 from paceline.router.grpc_status import to_status
@@ -46,7 +48,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         return control_pb2.GetStatusResponse(
             deployment=controller.settings.deployment,
             model=controller.model_name,
-            processes=[_process(p) for p in controller.processes],
+            processes=[_process(p, controller.settings) for p in controller.processes],
             pools=_pools(controller),
             events=[
                 control_pb2.Event(time_s=e.time_s, message=e.message) for e in controller.events
@@ -126,10 +128,12 @@ def _pools(controller: Controller) -> list[control_pb2.Pool]:
     ]
 
 
-def _process(process: Supervised) -> control_pb2.Process:
+def _process(process: Supervised, settings: DeploymentSettings) -> control_pb2.Process:
+    role = process.name.role
     message = control_pb2.Process(
         worker_id=process.name.worker_id,
-        role=process.name.role.value,
+        role=role.value,
+        device=pool_settings(settings, role).device if role.is_worker else "",
         incarnation=process.name.incarnation,
         state=_STATES[process.state],
         address=process.address,

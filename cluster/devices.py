@@ -81,7 +81,9 @@ def advised_utilization(share: float) -> str:
     return f"{SHARED_UTILIZATION * share:.3g}"
 
 
-def restrict_gpus(settings: WorkerSettings | None, environment: MutableMapping[str, str]) -> None:
+def prepare_environment(
+    settings: WorkerSettings | None, environment: MutableMapping[str, str]
+) -> None:
     """Show a process the one GPU that Ray reserved for it, or none at all (None: a router's).
 
     Has to come before CUDA is initialised. Raises ConfigError if it would see another number.
@@ -98,3 +100,8 @@ def restrict_gpus(settings: WorkerSettings | None, environment: MutableMapping[s
             "that Ray reserved for it. Ray does not set it where "
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set: start Ray without that variable"
         )
+    # Hardware queues: a transfer that waits in one must not hold up the engine's next step.
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    if worker_resources(settings)["GPU"] < 1:
+        # NCCL refuses two ranks on one GPU otherwise; it knows this from 2.30 on.
+        environment.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")

@@ -175,8 +175,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     if LAUNCH_EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     length = tl.load(lengths_ptr + row)
     low, split_tokens = _cut(length, TOKENS, WINDOW, BLOCK_N, SPLITS, MIN_TILES)
     begin = low + split * split_tokens
@@ -270,8 +270,8 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(1) // QUERIES
     query = tl.program_id(1) % QUERIES
     if LAUNCH_EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     length = tl.load(lengths_ptr + row)
     if length <= 0:
         return

@@ -56,8 +56,8 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     # The weight is older than any kernel that may still be running.
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if LAUNCH_EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     h = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         residual_ptrs = residual_ptr + row * residual_stride + columns

@@ -98,8 +98,8 @@ def _rope_kv_write_kernel(  # type: ignore[no-untyped-def]
     is_query = heads < NUM_HEADS
     is_rotary = heads < NUM_HEADS + NUM_KV_HEADS
     if LAUNCH_EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.load(rows_ptr + token).to(tl.int64)
     position = tl.load(positions_ptr + token).to(tl.int64)
     if (row >= 0) & (position < num_positions):

@@ -49,8 +49,8 @@ def _silu_mul_kernel(  # type: ignore[no-untyped-def]
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = columns < WIDTH
     if LAUNCH_EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     gate_ptrs = gate_up_ptr + row * gate_up_stride + columns
     gate = tl.load(gate_ptrs, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + WIDTH, mask=inside, other=0.0).to(tl.float32)

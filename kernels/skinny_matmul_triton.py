@@ -30,6 +30,8 @@ import triton.language as tl
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+_LINE_BYTES = 128
+"""Of the L2 cache"""
 _MIN_PROGRAMS = 96
 """Programs wanted at least: with 4 stages these keep the 132 multiprocessors of an H200 reading."""
 
@@ -50,6 +52,9 @@ class SkinnyTiles:
     """Multiply W x^T, so that the weight is the operand that matrix units take 64 rows of"""
     launch_early: bool = False
     """Programmatic dependent launch, Hopper and later: start while the kernel ahead ends"""
+    prefetch: int = 0
+    """With it, elements of each row of the weight, a power of 2, that are fetched into the L2 while
+    the kernel ahead still runs; 0: none"""
 
 
 def choose_tiles(
@@ -85,6 +90,16 @@ def choose_tiles(
         num_stages=num_stages,
         weight_first=dtype != torch.float32,
     )
+
+
+def choose_prefetch(
+    num_outputs: int, inner: int, tiles: SkinnyTiles, dtype: torch.dtype, num_bytes: int
+) -> int:
+    """Return the elements of each row to prefetch, so that all programs fetch about `num_bytes`."""
+    line = _LINE_BYTES // dtype.itemsize
+    part = triton.cdiv(triton.cdiv(inner, tiles.block_k), tiles.num_splits) * tiles.block_k
+    elements = min(part, num_bytes // (num_outputs * tiles.num_splits * dtype.itemsize))
+    return 0 if elements < line or inner < line else 1 << (elements.bit_length() - 1)
 
 
 class SkinnyWorkspace(NamedTuple):
@@ -181,7 +196,9 @@ def skinny_matmul_triton(
         GATED=gated,
         NUM_SPLITS=tiles.num_splits,
         WEIGHT_FIRST=tiles.weight_first,
+        EVEN=width % tiles.block_n == 0 and inner % (tiles.block_k * tiles.num_splits) == 0,
         LAUNCH_EARLY=tiles.launch_early,
+        LINES=tiles.prefetch * x.element_size() // _LINE_BYTES if tiles.launch_early else 0,
         # On a CPU: the interpreter's product takes the bits of bfloat16 for integers.
         WIDEN=x.is_cpu and x.dtype == torch.bfloat16,
         BLOCK_M=tiles.block_m,
@@ -260,6 +277,29 @@ def _multiply(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_weight(places, mask, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load a tile; EVEN: all of it exists."""
+    if EVEN:
+        tile = tl.load(places, eviction_policy="evict_first")
+    else:
+        tile = tl.load(places, mask=mask, other=0.0, eviction_policy="evict_first")
+    return tile
+
+
+@triton.jit
+def _prefetch(places):  # type: ignore[no-untyped-def]
+    """Have the lines of these addresses fetched into the L2."""
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l",
+        [places.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _add_splits(first, stride, mask, NUM_SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
     # .cg: other multiprocessors wrote these sums, and the L1 cache would not know.
     total = tl.load(first, mask=mask, other=0.0, cache_modifier=".cg")
@@ -290,7 +330,9 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
     GATED: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
+    EVEN: tl.constexpr,
     LAUNCH_EARLY: tl.constexpr,
+    LINES: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -316,24 +358,23 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if LAUNCH_EARLY:
+        if LINES > 0:
+            line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+            ahead = tl.minimum(start + tl.arange(0, LINES) * line, inner - line)
+            own_rows = tl.minimum(columns, width - 1).to(tl.int64)[:, None] * weight_stride
+            _prefetch(weight + own_rows + ahead[None, :])
+            if GATED:
+                _prefetch(weight + up_offset + own_rows + ahead[None, :])
         tl.extra.cuda.gdc_wait()  # x, residual and the workspace belong to the kernels ahead
     for k in range(start, tl.minimum(start + part, inner), BLOCK_K):
         inside = (k + steps < inner)[None, :]
         # The weight is read once, x by every program.
-        x_tile = tl.load(
-            x_places + k, mask=row_mask & inside, other=0.0, eviction_policy="evict_last"
-        )
-        weight_tile = tl.load(
-            weight_places + k, mask=column_mask & inside, other=0.0, eviction_policy="evict_first"
-        )
+        x_mask = row_mask if EVEN else row_mask & inside
+        x_tile = tl.load(x_places + k, mask=x_mask, other=0.0, eviction_policy="evict_last")
+        weight_tile = _load_weight(weight_places + k, column_mask & inside, EVEN)
         sums = _multiply(sums, x_tile, weight_tile, WEIGHT_FIRST, WIDEN)
         if GATED:
-            weight_tile = tl.load(
-                weight_places + up_offset + k,
-                mask=column_mask & inside,
-                other=0.0,
-                eviction_policy="evict_first",
-            )
+            weight_tile = _load_weight(weight_places + up_offset + k, column_mask & inside, EVEN)
             up_sums = _multiply(up_sums, x_tile, weight_tile, WEIGHT_FIRST, WIDEN)
     if WEIGHT_FIRST:
         sums = tl.trans(sums)

@@ -83,13 +83,14 @@ def print_status(response: control_pb2.GetStatusResponse, num_events: int) -> No
         "process",
         "state",
         "address",
+        "device",
         "pid",
         "memory",
         "blocks free",
         "running",
         "waiting",
     ):
-        right = name not in ("process", "state", "address")
+        right = name not in ("process", "state", "address", "device")
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     table.add_column("")
     for process in response.processes:
@@ -99,6 +100,7 @@ def print_status(response: control_pb2.GetStatusResponse, num_events: int) -> No
             process.worker_id,
             Text(state, style),
             process.address,
+            process.device,
             str(process.pid or ""),
             gib(process.memory_bytes) if process.memory_bytes else "",
             blocks,

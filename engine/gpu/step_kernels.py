@@ -24,12 +24,15 @@ from paceline.kernels.silu_mul_triton import silu_mul_triton
 from paceline.kernels.skinny_matmul_triton import (
     SkinnyTiles,
     SkinnyWorkspace,
+    choose_prefetch,
     choose_tiles,
     skinny_matmul_triton,
     workspace_size,
 )
 
 MAX_HEAD_DIM = 256
+PREFETCH_BYTES = 8 << 20
+"""Of a product's weight, fetched into the L2 while the kernel ahead still runs."""
 MAX_SKINNY_ROWS = 64
 """Above this cuBLAS is at least as fast: bench/results/kernels_h200.json."""
 
@@ -121,7 +124,8 @@ class KernelResources:
         if tiles is None:
             num_outputs, inner = weight
             tiles = choose_tiles(num_rows, num_outputs, inner, self.kv.dtype, gated)
-            tiles = dataclasses.replace(tiles, launch_early=self.launch_early)
+            prefetch = choose_prefetch(num_outputs, inner, tiles, self.kv.dtype, PREFETCH_BYTES)
+            tiles = dataclasses.replace(tiles, launch_early=self.launch_early, prefetch=prefetch)
             self._skinny_tiles[key] = tiles
         return tiles
 

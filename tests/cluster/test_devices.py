@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from paceline.cluster.devices import restrict_gpus, worker_resources
+from paceline.cluster.devices import prepare_environment, worker_resources
 from paceline.cluster.launcher import Capacity
 from paceline.cluster.process_state import Role
 from paceline.cluster.resources import check_capacity
@@ -148,18 +148,28 @@ def test_a_cpu_pool_without_a_size_counts_as_its_default() -> None:
 @pytest.mark.parametrize("settings", [None, WorkerSettings()])
 def test_a_process_without_a_gpu_sees_none(settings: WorkerSettings | None) -> None:
     environment = {"CUDA_VISIBLE_DEVICES": "0,1"}
-    restrict_gpus(settings, environment)
+    prepare_environment(settings, environment)
     assert environment == {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.parametrize("visible", ["3", "GPU-8f6d2a1c"])
 def test_a_worker_on_a_gpu_keeps_the_one_that_ray_chose(visible: str) -> None:
     environment = {"CUDA_VISIBLE_DEVICES": visible}
-    restrict_gpus(WorkerSettings(device="cuda"), environment)
-    assert environment == {"CUDA_VISIBLE_DEVICES": visible}
+    prepare_environment(WorkerSettings(device="cuda"), environment)
+    assert environment["CUDA_VISIBLE_DEVICES"] == visible
 
 
 @pytest.mark.parametrize("environment", [{}, {"CUDA_VISIBLE_DEVICES": "0,1"}])
 def test_a_worker_that_would_see_several_gpus_is_refused(environment: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="must name the one GPU that Ray reserved for it"):
-        restrict_gpus(WorkerSettings(device="cuda"), environment)
+        prepare_environment(WorkerSettings(device="cuda"), environment)
+
+
+def test_workers_that_share_a_gpu_may_meet_over_nccl_there() -> None:
+    alone: dict[str, str] = {"CUDA_VISIBLE_DEVICES": "0"}
+    prepare_environment(WorkerSettings.model_validate(ON_GPU), alone)
+    assert "NCCL_MULTI_RANK_GPU_ENABLE" not in alone
+    sharing = {"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    prepare_environment(WorkerSettings.model_validate(HALF), sharing)
+    assert sharing["NCCL_MULTI_RANK_GPU_ENABLE"] == "1"
+    assert sharing["CUDA_DEVICE_MAX_CONNECTIONS"] == "8", "what the user set holds"

@@ -62,4 +62,15 @@ async def test_forty_prompts_over_nccl_give_the_reference_s_tokens(
 
 @shares_the_gpu
 async def test_streams_survive_a_kill_of_either_worker(tmp_path: Path) -> None:
-    await check_moments(tmp_path, "torch_distributed", ["reading", "middle token"], device="cuda")
+    transport = {"transport": "torch_distributed"}
+    await check_moments(
+        tmp_path, ["reading", "middle token"], pool={"device": "cuda"}, kv=transport
+    )
+
+
+async def test_streams_survive_a_kill_of_the_one_worker_of_the_colocated_form(
+    tmp_path: Path,
+) -> None:
+    await check_moments(
+        tmp_path, ["middle token"], ("decode",), pool={"device": "cuda"}, **COLOCATED
+    )

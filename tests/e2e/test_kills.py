@@ -11,11 +11,11 @@ from kills import MOMENTS, QUICK, check_moments
 
 @pytest.mark.timeout(400)
 async def test_streams_survive_a_kill_at_the_moments_that_matter_most(tmp_path: Path) -> None:
-    await check_moments(tmp_path, "shm", sorted(QUICK))
+    await check_moments(tmp_path, sorted(QUICK), kv={"transport": "shm"})
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("transport", ["shm", "torch_distributed"])
 async def test_streams_survive_a_kill_at_every_moment(tmp_path: Path, transport: str) -> None:
-    await check_moments(tmp_path, transport, list(MOMENTS))
+    await check_moments(tmp_path, list(MOMENTS), kv={"transport": transport})

@@ -79,22 +79,23 @@ async def kill(
 
 async def check_moments(
     path: Path,
-    transport: str,
     moments: list[str],
     victims: tuple[str, ...] = ("prefill", "decode"),
-    **pool: Any,
+    *,
+    pool: dict[str, Any] | None = None,
+    **options: Any,
 ) -> None:
     """Kill each victim at each moment; the streams must end as they would have, and leave nothing.
 
-    pool: settings of both pools.
+    pool: settings of both pools; options: of the deployment.
     """
     reference = write_tiny_model(path)
     model, folder = prepare(path, path / "cache")
     scenarios = list(enumerate((m, v) for m in moments for v in victims))
-    options: dict[str, Any] = {
-        "kv": {"transport": transport},
-        "prefill": {"max_num_batched_tokens": 32, **pool},
-        "decode": pool,
+    small_steps = {"max_num_batched_tokens": 32}
+    options |= {
+        "prefill": small_steps | (pool or {}),
+        "decode": (pool or {}) | options.get("decode", {}),
     }
     async with run_deployment(
         model, folder, path, path / "undisturbed.log", **options
@@ -104,7 +105,7 @@ async def check_moments(
     assert expected[0][0].tokens[0] == greedy
     async with run_deployment(model, folder, path, path / "killed.log", **options) as deployment:
         for number, (moment, victim) in scenarios:
-            print(f"{transport}: kill {victim} at {moment}", flush=True)
+            print(f"kill {victim} at {moment}", flush=True)
             outputs = await kill(deployment, moment, victim, number)
             for output, wanted in zip(outputs, expected[number], strict=True):
                 assert output.tokens == wanted.tokens
