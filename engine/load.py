@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +29,9 @@ from paceline.kv_layout import KvLayout, attention_layout
 
 if TYPE_CHECKING:
     from paceline.engine.gpu.memory import MemoryPlan  # late: its package needs Triton
+
+MIN_SHARED_MEMORY_BYTES = 160 << 10
+"""What the kernels' tiles take at most; smaller GPUs would need other tiles."""
 
 OnStep = Callable[[str, float], None]
 """Called with (step of the checklist, seconds that it took)."""
@@ -187,7 +190,16 @@ def _device(settings: EngineSettings) -> torch.device:
             "CUDA_VISIBLE_DEVICES, and that resources reserve one ({GPU: 1})"
         )
         raise ConfigError(f"device is cuda, and {reason}. Or set device to cpu.")
-    return torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks the limit
+    if properties.shared_memory_per_block_optin < MIN_SHARED_MEMORY_BYTES:
+        raise ConfigError(
+            f"device is cuda, and the {properties.name} has "
+            f"{properties.shared_memory_per_block_optin} bytes of shared memory a block; the "
+            f"kernels need {MIN_SHARED_MEMORY_BYTES}, as A100, H100, H200 and B200 have. Use one "
+            "of these, or set device to cpu."
+        )
+    return device
 
 
 def _dtype(model: ModelSettings, config: ModelConfig, device: torch.device) -> str:

@@ -70,18 +70,20 @@ def apply_penalties_(
     """Make tokens that occurred less likely.
 
     score = score / repetition if score > 0 else score * repetition     where seen
-    score = score - frequency * count - presence * (count > 0)
+    score = score - frequency * count - presence * (count > 0)           and stays finite
 
     `seen` in prompt or output is bool [R, V]; `counts` in the output are int32 [R, V], 0 where not
     seen; the rest is float32 [R, 1].
     """
     # Few of the vocabulary's tokens occurred, so only their scores are taken out and put back.
     rows, tokens = seen.nonzero(as_tuple=True)
-    values, count = scores[rows, tokens], counts[rows, tokens]
+    before, count = scores[rows, tokens], counts[rows, tokens]
     divisor = repetition[rows, 0]
-    values = torch.where(values > 0, values / divisor, values * divisor)
+    values = torch.where(before > 0, before / divisor, before * divisor)
     values -= frequency[rows, 0] * count + presence[rows, 0] * (count > 0)
-    scores[rows, tokens] = values
+    # A tiny repetition penalty overflows, and nothing can be compared with an infinite score.
+    limit = torch.finfo(torch.float32).max
+    scores[rows, tokens] = torch.where(before > -torch.inf, values.clamp(-limit, limit), before)
 
 
 def lowest_kept(

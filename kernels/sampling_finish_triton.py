@@ -43,9 +43,13 @@ STATUS_NOT_FINITE = 1
 """The largest logit is infinite or not a number."""
 STATUS_NONE_ALLOWED = 2
 
+STATUS_NONE_DRAWN = 3
+"""The draw gave none of the vocabulary's tokens, which is a defect of these kernels."""
+
 _OK: tl.constexpr = tl.constexpr(STATUS_OK)
 _NOT_FINITE: tl.constexpr = tl.constexpr(STATUS_NOT_FINITE)
 _NONE_ALLOWED: tl.constexpr = tl.constexpr(STATUS_NONE_ALLOWED)
+_NONE_DRAWN: tl.constexpr = tl.constexpr(STATUS_NONE_DRAWN)
 _TAIL_DRAW: tl.constexpr = tl.constexpr(TAIL_DRAW)
 _LOG_ONE: tl.constexpr = tl.constexpr(WEIGHT_BITS * math.log(2.0))
 """The logarithm of a weight of 1"""
@@ -278,6 +282,11 @@ def finish_kernel(  # type: ignore[no-untyped-def]
                 TILES_BLOCK,
                 MAX_CANDIDATES,
             )
+    # Whatever went wrong before: no token outside the vocabulary leaves, or becomes an address.
+    if (token < 0) | (token >= vocab_size):
+        tl.store(out.status + row, _NONE_DRAWN)
+        tl.store(out.token_ids + row, -1)
+        return
     tl.store(out.token_ids + row, token)
     if slot_int(slots, slot, HAS_PENALTIES) != 0:
         counter = slots.counts + slot * vocab_size + token

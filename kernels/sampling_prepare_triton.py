@@ -3,6 +3,7 @@
 s = logits, -inf where not allowed, + logit_bias, -inf while min_tokens bans, - penalties
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -39,6 +40,9 @@ def _edited(values, tokens, slots, slot, edit_stride, index):  # type: ignore[no
     return values
 
 
+_LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
+
+
 @triton.jit
 def _penalised(values, tokens, slots, slot, vocab_size):  # type: ignore[no-untyped-def]
     """Return what `sampling.apply_penalties_` makes of the values."""
@@ -52,7 +56,9 @@ def _penalised(values, tokens, slots, slot, vocab_size):  # type: ignore[no-unty
     divided = tl.div_rn(values, tl.zeros_like(values) + repetition)
     penalised = tl.where(values > 0, divided, values * repetition)
     penalised -= frequency * count + presence * (count > 0).to(tl.float32)
-    return tl.where(was_seen, penalised, values)
+    # A tiny repetition penalty overflows, and nothing can be compared with an infinite score.
+    finite = tl.minimum(tl.maximum(penalised, -_LARGEST), _LARGEST)
+    return tl.where(was_seen & (values > float("-inf")), finite, values)
 
 
 @triton.jit(do_not_specialize_on_alignment=["row_slots", "indices"])

@@ -27,7 +27,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "min_p": ([0.0, 1.0], [-0.1, 1.1, math.inf, math.nan]),
     "seed": ([None, 0, 2**64 - 1], [-1, 2**64]),
     "n": ([1, MAX_CHOICES], [0, -1, MAX_CHOICES + 1, 10**30]),
-    "repetition_penalty": ([1e-300, 100.0], [0.0, -1.0, 100.1, math.inf, math.nan]),
+    "repetition_penalty": ([0.01, 100.0], [0.0, 1e-40, -1.0, 100.1, math.inf, math.nan]),
     "presence_penalty": ([-2.0, 2.0], [-2.1, 2.1, math.inf, -math.inf, math.nan]),
     "frequency_penalty": ([-2.0, 2.0], [-2.1, 2.1, math.inf, -math.inf, math.nan]),
     "logprobs": ([None, 0, MAX_LOGPROBS], [-1, MAX_LOGPROBS + 1]),

@@ -233,7 +233,8 @@ class WorkerProcess:
             self._transport.close()
         if self._parts is not None:
             self._parts.engine.runner.close()
-            self._parts = None
+        # All of these hold the pool.
+        self._transport = self._parts = self._steps = self._core = None
         if self._memory is not None:
             self._memory.close()
 

@@ -23,6 +23,8 @@ from paceline.engine.step_plan import SlotStart, StepPlan
 from paceline.kv_layout import KvLayout
 from paceline.sampling_params import SamplingParams
 
+OTHER_CHUNKS = (24, 100, 400)
+"""Lengths for which kernels other than attention choose tiles of their own."""
 GRAPH_BYTES = 32 << 20
 """Of each graph beside its tensors: the launches of a few hundred kernels."""
 
@@ -92,8 +94,11 @@ def build_runner(
         decode = _peak(build.device, lambda: _run_decodes(runner, build, captures))
         runner.close()
         del runner, pool
+        activations = max(activations, decode)
         graphs = _graph_bytes(build, decode) if captures else 0
-        plan = _plan(build.device, weights, state, activations, graphs)
+        # The runner is made anew, so that what it freed just now is not free.
+        again = state - sampler.num_bytes
+        plan = _plan(build.device, weights, state, activations, graphs, again)
     num_blocks = plan.pool_blocks(
         build.layout,
         num_kv_blocks=settings.num_kv_blocks,
@@ -120,19 +125,19 @@ def _graph_bytes(build: GpuBuild, decode: int) -> int:
 
 
 def _plan(
-    device: torch.device, weights: int, state: int, activations: int, graphs: int
+    device: torch.device, weights: int, state: int, activations: int, graphs: int, again: int
 ) -> MemoryPlan:
     if device.type != "cuda":
         return MemoryPlan(1 << 40, 1 << 40, weights, state, activations, graphs)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return MemoryPlan(total, free, weights, state, activations, graphs)
+    return MemoryPlan(total, free - again, weights, state, activations, graphs)
 
 
 def _run_prefills(runner: GpuModelRunner, build: GpuBuild) -> None:
     """Run a step of each kind of tile, then the one of most tokens and samples."""
     max_tokens = build.settings.max_num_batched_tokens
-    for longest in LONGEST_CHUNKS:
+    for longest in (*LONGEST_CHUNKS, *OTHER_CHUNKS):
         count = min(longest, max_tokens, build.max_model_len)
         _run(runner, [count])
     num_rows = min(build.settings.max_num_seqs, max_tokens)
@@ -147,7 +152,7 @@ def _run_decodes(runner: GpuModelRunner, build: GpuBuild, captures: bool) -> Non
 
 
 def _run(runner: GpuModelRunner, counts: list[int]) -> None:
-    """Run a step of rows with so many new tokens; all tables name block 0."""
+    """Run a step of rows with so many new tokens, and a block copy; all tables name block 0."""
     num_rows = len(counts)
     slots = np.arange(num_rows, dtype=np.int32)
     num_new = np.array(counts, dtype=np.int32)
@@ -166,6 +171,8 @@ def _run(runner: GpuModelRunner, counts: list[int]) -> None:
         sample_slots=slots,
         sample_indices=np.zeros(num_rows, dtype=np.int32),
         slot_starts=[SlotStart(slot, sampling, 0, empty, empty) for slot in range(num_rows)],
+        copy_sources=slots[:1],
+        copy_targets=slots[:1] + 1,
     )
     runner.launch(plan).result()
 

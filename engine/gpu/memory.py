@@ -7,6 +7,8 @@ from paceline.kv_layout import KvLayout
 
 OVERHEAD_BYTES = 1 << 30
 """What a process holds beside PyTorch's allocator: CUDA's context, kernels' code, cuBLAS."""
+TRANSFER_BYTES = 512 << 20
+"""Left for moving KV between workers: 32 MiB of staging a pair, and NCCL's own buffers."""
 MIN_BLOCKS = 2
 
 
@@ -28,12 +30,13 @@ class MemoryPlan:
     @property
     def own(self) -> int:
         """What this process needs beside the pool."""
-        return self.weights + self.state + self.activations + self.graphs + OVERHEAD_BYTES
+        tensors = self.weights + self.state + self.activations + self.graphs
+        return tensors + OVERHEAD_BYTES + TRANSFER_BYTES
 
     @property
     def room(self) -> int:
         """What a pool can take of what is free now."""
-        return max(0, self.free - self.activations - self.graphs)
+        return max(0, self.free - self.activations - self.graphs - TRANSFER_BYTES)
 
     def pool_blocks(
         self,
@@ -61,9 +64,10 @@ class MemoryPlan:
             count = max(0, int(gpu_memory_utilization * self.total) - self.own) // block_bytes
         if MIN_BLOCKS <= count <= largest:
             return count
+        other = self.own - self.weights - self.activations - self.graphs
         needs = (
             f"weights {_gib(self.weights)}, a step's activations {_gib(self.activations)}, "
-            f"captured graphs {_gib(self.graphs)}, other {_gib(self.state + OVERHEAD_BYTES)}"
+            f"captured graphs {_gib(self.graphs)}, other {_gib(other)}"
         )
         if largest < MIN_BLOCKS:
             raise CapacityError(

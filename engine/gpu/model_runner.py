@@ -92,7 +92,7 @@ class GpuModelRunner:
         self._token_ids = empty(self._max_num_tokens)
         self._graphs: StepGraphs[Computed] = StepGraphs(graph_sizes(max_num_slots), device)
         self._has_graphs = False
-        self._resources = KernelResources(
+        self._resources: KernelResources | None = KernelResources(
             config,
             num_heads,
             pool.kv,
@@ -132,7 +132,7 @@ class GpuModelRunner:
             torch.cuda.synchronize(self._device)
         self._graphs.close()
         self._has_graphs = False
-        self._pool = None
+        self._pool = self._resources = None
 
     def _launch(self, plan: StepPlan) -> LaunchedStep:
         pool = self._pool
@@ -265,6 +265,7 @@ class GpuModelRunner:
             else TileTable(prefill.tiles, self._rows.tiles(shape, len(prefill.entries))),
             sample_positions=None if every_token else arrays.sample_positions,
         )
+        assert self._resources is not None  # a closed runner launches nothing
         logits = self._model.forward(GpuStepKernels(self._resources, batch))
         samples = self._sampler.sample(logits, arrays.sample_slots, arrays.sample_indices)
         keep_samples_triton(self._last_samples, arrays.sample_slots, samples.token_ids)

@@ -23,8 +23,13 @@ from paceline.engine.sampling_rules import (
     not_finite_error,
 )
 from paceline.engine.step_plan import Int32Array, SlotStart
+from paceline.errors import IntegrityError
 from paceline.kernels.logprobs_triton import LogprobsWorkspace, TokenLogprobs, logprobs_triton
-from paceline.kernels.sampling_finish_triton import STATUS_NOT_FINITE, STATUS_OK
+from paceline.kernels.sampling_finish_triton import (
+    STATUS_NONE_ALLOWED,
+    STATUS_NOT_FINITE,
+    STATUS_OK,
+)
 from paceline.kernels.sampling_slots_triton import START, SamplingSlots, start_slots_triton
 from paceline.kernels.sampling_triton import SampledRows, SamplingWorkspace, sample_triton
 from paceline.request import TopLogprobs
@@ -193,7 +198,12 @@ class GpuSampler:
             row = int(wrong[0])
             if sampled.status[row] == STATUS_NOT_FINITE:
                 raise not_finite_error(float(sampled.largest[row]), int(slots[row]))
-            raise none_allowed_error(self._vocab_size, int(slots[row]))
+            if sampled.status[row] == STATUS_NONE_ALLOWED:
+                raise none_allowed_error(self._vocab_size, int(slots[row]))
+            raise IntegrityError(
+                f"the draw for slot {int(slots[row])} gave none of the {self._vocab_size} tokens: "
+                "the sampling kernels are wrong for these logits and parameters"
+            )
         token_ids: Int32Array = sampled.token_ids[:num_samples].numpy().copy()
         if not with_logprobs:
             return StepSamples(token_ids, {})

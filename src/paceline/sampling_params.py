@@ -77,11 +77,7 @@ class SamplingParams:
         yield from _out_of_range("seed", self.seed, 0, 2**64 - 1)
         if not 0.0 < self.top_p <= 1.0:
             yield FieldViolation("top_p", f"must be over 0 and at most 1, got {self.top_p}")
-        if not 0.0 < self.repetition_penalty <= 100.0:
-            yield FieldViolation(
-                "repetition_penalty",
-                f"must be over 0 and at most 100, got {self.repetition_penalty}",
-            )
+        yield from _out_of_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.max_tokens is not None and 0 < self.max_tokens < self.min_tokens:
             yield FieldViolation(
                 "min_tokens", f"{self.min_tokens} is more than max_tokens, {self.max_tokens}"

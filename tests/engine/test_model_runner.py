@@ -235,14 +235,19 @@ def test_slot_can_be_used_again_by_a_shorter_sequence(kind: str, tmp_path: Path)
     torch.testing.assert_close(logits, logits_of(model, tokens), **CLOSE)
 
 
-def test_bfloat16_deviates_no_more_than_transformers_own(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_deviates_no_more_than_transformers_own(
+    kind: str, dtype: str, tmp_path: Path
+) -> None:
+    if (kind, dtype) == ("cpu", "float16"):
+        pytest.skip("CPUs refuse float16")
     model = make_model("LlamaForCausalLM")
     tokens = random_tokens(90)
     save_model(model, tmp_path)
-    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
-    exact = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).to(torch.float32).eval()
+    half = type(model).from_pretrained(tmp_path, dtype=getattr(torch, dtype)).eval()
+    exact = type(model).from_pretrained(tmp_path, dtype=half.dtype).to(torch.float32).eval()
     expected = logits_of(exact, tokens)
-    driver = RunnerDriver(tmp_path, kind=kind, dtype="bfloat16")
+    driver = RunnerDriver(tmp_path, kind=kind, dtype=dtype)
     driver.start(0)
     parts = [driver.step(Row(0, tokens[:60], sample="all"))[1]]
     parts += [driver.step(Row(0, [token]))[1] for token in tokens[60:]]

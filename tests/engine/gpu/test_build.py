@@ -1,19 +1,30 @@
 """A runner is built from a measured step, and computes with what it was built from."""
 
+import gc
+import weakref
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 from model_references import write_model
+from runner_driver import RunnerDriver
 from triton_device import device
 
-from paceline.engine.gpu.build import GpuBuild, build_runner
+from paceline.engine.gpu.build import OTHER_CHUNKS, GpuBuild, build_runner
+from paceline.engine.gpu.prefill_plan import LONGEST_CHUNKS
+from paceline.engine.gpu.step_kernels import MAX_SKINNY_ROWS
 from paceline.engine.model_config import read_model_config
 from paceline.engine.models.llama import LlamaModel
 from paceline.engine.parallel import ParallelContext
 from paceline.engine.settings import EngineSettings
 from paceline.engine.warm_up import warm_up
 from paceline.engine.weights import load_weights
+from paceline.kernels.rms_norm_triton import choose_tile as choose_rms_tile
+from paceline.kernels.rope_kv_write_triton import choose_tile as choose_rope_tile
+from paceline.kernels.silu_mul_triton import choose_tile as choose_silu_tile
+from paceline.kernels.skinny_matmul_triton import choose_tiles as choose_skinny_tiles
 from paceline.kv_layout import attention_layout
 
 
@@ -49,3 +60,37 @@ def test_a_runner_is_built_in_the_steps_of_the_checklist(tmp_path: Path) -> None
     assert plan.graphs > 0
     warm_up(runner, 16)
     runner.close()
+
+
+@pytest.mark.parametrize("max_tokens", [64, 512, 8192])
+def test_start_up_runs_a_step_for_every_tile_that_serving_can_choose(max_tokens: int) -> None:
+    """Kernels are compiled when a tile is first used, and no request should wait for that."""
+    lengths = {min(length, max_tokens) for length in (*LONGEST_CHUNKS, *OTHER_CHUNKS)}
+
+    def choices(counts: Iterable[int]) -> set[object]:
+        return {
+            choice
+            for count in counts
+            for choice in (
+                ("rope", choose_rope_tile(count, 128)),
+                ("silu", count > MAX_SKINNY_ROWS and choose_silu_tile(count)),
+                ("rms", choose_rms_tile(4096)),
+                (
+                    "product",
+                    count <= MAX_SKINNY_ROWS
+                    and choose_skinny_tiles(count, 4096, 4096, torch.bfloat16),
+                ),
+            )
+        }
+
+    assert choices(range(1, max_tokens + 1)) <= choices(lengths)
+
+
+def test_a_closed_runner_holds_no_pool(tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM", num_hidden_layers=1)
+    driver = RunnerDriver(tmp_path, kind="gpu", num_slots=2, num_blocks=4)
+    memory = weakref.ref(driver.pool.kv)
+    driver.runner.close()
+    del driver.pool
+    gc.collect()
+    assert memory() is None

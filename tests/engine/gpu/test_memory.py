@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from paceline.engine.gpu.memory import OVERHEAD_BYTES, MemoryPlan
+from paceline.engine.gpu.memory import OVERHEAD_BYTES, TRANSFER_BYTES, MemoryPlan
 from paceline.errors import CapacityError
 from paceline.kv_layout import attention_layout
 
@@ -34,7 +34,7 @@ def blocks(plan: MemoryPlan, **changes: Any) -> int:
 
 def test_a_pool_takes_what_utilization_leaves() -> None:
     plan = make_plan()
-    assert plan.own == 15 * GIB + GIB // 2 + 2 * GIB + GIB + OVERHEAD_BYTES
+    assert plan.own == 15 * GIB + GIB // 2 + 2 * GIB + GIB + OVERHEAD_BYTES + TRANSFER_BYTES
     assert blocks(plan) == (int(0.9 * plan.total) - plan.own) // LAYOUT.block_bytes
 
 

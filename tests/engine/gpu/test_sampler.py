@@ -307,6 +307,25 @@ def test_the_smallest_temperatures_draw_among_equals() -> None:
     assert len(set(samples.token_ids)) > 1
 
 
+@pytest.mark.parametrize("rest", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("penalty", [1e-45, 1e-40, 1e-38])
+def test_penalties_that_overflow_leave_a_token_of_the_vocabulary(
+    penalty: float, rest: dict[str, float]
+) -> None:
+    """An infinite score once made a token outside it, which became an address."""
+    driver, reference = Driver(), Sampler(NUM_SLOTS, VOCAB_SIZE, EOS, "cpu")
+    sampling = SamplingParams(temperature=1.0, seed=1, repetition_penalty=penalty, **rest)
+    start = make_start(0, sampling, prompt=(7, 8))
+    driver.start(start)
+    reference.start(start)
+    logits = make_logits(3, 1)
+    logits[0, 7:9] = torch.tensor([5.0, 6.0])
+    expected = reference_sample(reference, logits, [0], [0])
+    samples = driver.sample(logits, [0], [0])
+    assert samples.token_ids.tolist() == expected.token_ids.tolist()
+    assert samples.token_ids[0] in (7, 8)
+
+
 def test_more_log_probabilities_than_tokens_are_those_of_all_tokens() -> None:
     driver, reference = Driver(7), Sampler(NUM_SLOTS, 7, EOS, "cpu")
     start = make_start(3, dataclasses.replace(GREEDY, logprobs=20))
