@@ -1,4 +1,4 @@
-"""Slots and blocks of what has ended, until no step in flight uses them."""
+"""Slots and blocks that nobody wants any more, until no step in flight uses them."""
 
 from collections import deque
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from paceline.decode_worker.attempts import Attempt
 from paceline.decode_worker.batch import SlotTables
 from paceline.engine.block_allocator import BlockAllocator
 from paceline.engine.prefix_cache import PrefixCache
+from paceline.errors import IntegrityError
 
 
 class Departure(NamedTuple):
@@ -67,6 +68,12 @@ class Departures:
         )
 
     def add(self, departure: Departure) -> None:
+        """Take a departure; `after_step` never goes down from one to the next."""
+        if self._waiting and departure.after_step < self._waiting[-1].after_step:
+            raise IntegrityError(
+                f"a departure after step {departure.after_step} was added behind one after step "
+                f"{self._waiting[-1].after_step}: it would be freed too late"
+            )
         self._waiting.append(departure)
 
     def settle(self, applied_step: int) -> None:

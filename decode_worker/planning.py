@@ -12,6 +12,7 @@ import numpy as np
 from paceline.decode_worker.admission import Limits
 from paceline.decode_worker.attempts import Attempt, AttemptState, Sequence, SequenceState
 from paceline.decode_worker.batch import Rows
+from paceline.decode_worker.departures import Departure
 from paceline.decode_worker.preemption import choose_victim
 from paceline.decode_worker.roster import Roster
 from paceline.engine.block_allocator import BlockAllocator
@@ -203,6 +204,7 @@ class StepPlanner:
     def _copy_shared_blocks(self, builder: StepPlanBuilder) -> None:
         """Give each fork its own partial last block, before any of them writes."""
         roster, batch = self._roster, self._roster.batch
+        sources = []
         for sequence in self._forked:
             if sequence.state is not SequenceState.RUNNING or not sequence.num_copies_promised:
                 continue
@@ -218,8 +220,12 @@ class StepPlanner:
             table[column] = target
             builder.copy_block(source, target)
             builder.set_blocks(sequence.slot, column, (target,))
-            self._allocator.release((source,))
+            sources.append(source)
         self._forked = []
+        if sources:
+            # Until this step has been applied, a source that nobody else holds any more must not go
+            # to an import: the transfer might write it before the copy has read it.
+            roster.departures.add(Departure(builder.step_id, (), tuple(sources)))
 
     def _grow(self, rows: Rows) -> _Growth:
         """Give a block to each of the rows at their capacity, the oldest first."""

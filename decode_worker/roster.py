@@ -2,7 +2,7 @@
 
 The scheduler says what happens to an attempt; the roster moves what it holds accordingly, so that
 all of it is in exactly one place: with the attempt until it forks, then with each sequence, at last
-among the departures.
+among the departures. A block that a sequence has copied for itself goes there at once.
 """
 
 import numpy as np

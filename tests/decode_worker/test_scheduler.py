@@ -1,5 +1,7 @@
 """The decode scheduler, stepped by hand. Every emitted token is compared with the reference."""
 
+from itertools import product
+
 import pytest
 from decode_simulation import BLOCK_TOKENS, GREEDY, DecodeSimulation
 
@@ -145,20 +147,23 @@ def test_blocks_of_a_cancelled_sequence_stay_until_the_step_in_flight_is_applied
     simulation.assert_nothing_left()
 
 
-def test_one_choice_can_be_cancelled_and_the_others_go_on() -> None:
-    for has_source in (True, False):
-        for num_steps in range(4):
-            simulation = DecodeSimulation(depth=1, max_num_batched_tokens=6)
-            dispatch = simulation.run(
-                "r", PROMPT, has_source=has_source, choices=(0, 1, 2), sampling=SEEDED
-            )
-            for _ in range(num_steps):
-                simulation.step()
-            simulation.cancel(dispatch.work.key, (0,))
-            simulation.run_to_end()
-            simulation.assert_complete(dispatch)
-            assert set(dispatch.finished) == {1, 2}
-            simulation.assert_nothing_left()
+@pytest.mark.parametrize("choices", [(0, 1), (0, 1, 2)])
+@pytest.mark.parametrize("has_source", [True, False])
+def test_one_choice_can_be_cancelled_and_the_others_go_on(
+    has_source: bool, choices: tuple[int, ...]
+) -> None:
+    for num_steps, cancelled in product(range(5), choices):
+        simulation = DecodeSimulation(depth=1, max_num_batched_tokens=6)
+        dispatch = simulation.run(
+            "r", PROMPT, has_source=has_source, choices=choices, sampling=SEEDED
+        )
+        for _ in range(num_steps):
+            simulation.step()
+        simulation.cancel(dispatch.work.key, (cancelled,))
+        simulation.run_to_end()
+        simulation.assert_complete(dispatch)
+        assert set(dispatch.finished) == {*choices} - {cancelled}
+        simulation.assert_nothing_left()
 
 
 def test_forks_share_the_context_and_copy_only_the_partial_block() -> None:
@@ -168,6 +173,36 @@ def test_forks_share_the_context_and_copy_only_the_partial_block() -> None:
     assert simulation.runner.num_blocks_copied == 3
     num_held = simulation.allocator.num_blocks - simulation.allocator.num_available
     assert num_held == len(PROMPT) // BLOCK_TOKENS + 4
+
+
+@pytest.mark.parametrize("runs_late", [False, True])
+def test_the_source_of_a_copy_is_kept_until_the_copy_has_run(runs_late: bool) -> None:
+    """One choice copies the shared block in a step that is in flight; the other one, cancelled,
+    leaves it with the step before. Neither holds the block any more, and the copy may not have run.
+    """
+    simulation = DecodeSimulation(num_blocks=16, depth=1, runs_late=runs_late)
+    prompt = PROMPT[: BLOCK_TOKENS + 1]
+    forked = simulation.run("r", prompt, has_source=False, choices=(0, 1), sampling=SEEDED)
+    simulation.step()
+    simulation.cancel(forked.work.key, (1,))
+    simulation.step()
+    assert simulation.runner.num_blocks_copied == (0 if runs_late else 1)
+    source = forked.block_ids[-1]
+    num_blocks = simulation.scheduler.load(1, 1).credit_blocks - 1  # one is for growth
+    work = simulation.make_work("s", list(range(num_blocks * BLOCK_TOKENS)), sampling=SEEDED)
+    answer = simulation.admit(work)
+    assert isinstance(answer, Admitted)
+    assert source not in answer.block_ids
+    simulation.step()
+    assert simulation.runner.num_blocks_copied == 1
+    simulation.scheduler.tidy()
+    assert simulation.allocator.num_references(source) == 0
+    simulation.import_all(work.key)
+    simulation.confirm(work.key)
+    simulation.run_to_end()
+    for dispatch in simulation.dispatches.values():
+        simulation.assert_complete(dispatch)
+    simulation.assert_nothing_left()
 
 
 def test_a_second_request_with_the_same_beginning_shares_its_blocks() -> None:

@@ -33,9 +33,16 @@ class PrefillMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 8),
         age_bound_s=st.floats(0, 20),
         depth=st.integers(0, 1),
+        runs_late=st.booleans(),
     )
     def start(
-        self, chunk: int, num_blocks: int, max_num_seqs: int, age_bound_s: float, depth: int
+        self,
+        chunk: int,
+        num_blocks: int,
+        max_num_seqs: int,
+        age_bound_s: float,
+        depth: int,
+        runs_late: bool,
     ) -> None:
         self.simulation = PrefillSimulation(
             num_blocks=num_blocks,
@@ -45,6 +52,7 @@ class PrefillMachine(RuleBasedStateMachine):
             max_model_len=380,
             vocab_size=12,  # few enough that first tokens often stop
             depth=depth,
+            runs_late=runs_late,
         )
         self.num_requests = 0
         self.computing: set[AttemptKey] = set()

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from simulated_runner import SimulatedHandle, SimulatedRunner
+from simulated_runner import GARBAGE, SimulatedHandle, SimulatedRunner
 
 from paceline.decode_worker.attempts import Attempt, AttemptState
 from paceline.decode_worker.outcomes import Admitted, DecodeStep, Refused
@@ -24,7 +24,6 @@ from paceline.sampling_params import SamplingParams
 BLOCK_TOKENS = 4
 EOS = 5
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, seed=1)
-GARBAGE = np.uint64(0xDEAD)
 
 
 def make_attempt(state: AttemptState = AttemptState.IMPORTING) -> Attempt:
@@ -87,12 +86,16 @@ class DecodeSimulation:
         max_model_len: int = 128,
         vocab_size: int = 50,
         depth: int = 0,
+        runs_late: bool = True,
     ) -> None:
+        """runs_late: a step runs when its result is asked for; only with a depth it matters."""
         self.depth = depth
         self.max_model_len = max_model_len
         self.allocator = BlockAllocator(num_blocks)
         self.prefix_cache = PrefixCache(self.allocator, BLOCK_TOKENS, b"root key of tests")
-        self.runner = SimulatedRunner(max_num_seqs, vocab_size, num_blocks, BLOCK_TOKENS, (EOS,))
+        self.runner = SimulatedRunner(
+            max_num_seqs, vocab_size, num_blocks, BLOCK_TOKENS, (EOS,), runs_late=runs_late
+        )
         self.scheduler = DecodeScheduler(
             self.allocator,
             self.prefix_cache,
@@ -152,6 +155,8 @@ class DecodeSimulation:
             is_importing=has_source,
             outputs={choice: work.output.tolist() for choice in work.choices},
         )
+        if has_source:
+            self.read(work.key, garbage=True)
         return answer
 
     def run(
@@ -247,8 +252,10 @@ class DecodeSimulation:
             self.take_output()
         applied = len(self._in_flight) > (self.depth if plan is not None else 0)
         if applied:
-            self._take(self.scheduler.apply(self._in_flight.popleft().result(), self.now))
+            result = self.runner.finish(self._in_flight.popleft(), self.allocator)
+            self._take(self.scheduler.apply(result, self.now))
         self.scheduler.check_integrity()
+        self.prefix_cache.check_integrity(self.runner.checksum)
         return applied or plan is not None
 
     def run_to_end(self, max_num_steps: int = 1000) -> None:

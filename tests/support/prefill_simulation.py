@@ -52,12 +52,16 @@ class PrefillSimulation:
         max_model_len: int = 4096,
         vocab_size: int = 1000,
         depth: int = 0,
+        runs_late: bool = True,
     ) -> None:
+        """runs_late: a step runs when its result is asked for; only with a depth it matters."""
         self.depth = depth
         self.max_model_len = max_model_len
         self.allocator = BlockAllocator(num_blocks)
         self.prefix_cache = PrefixCache(self.allocator, BLOCK_TOKENS, b"root key of tests")
-        self.runner = SimulatedRunner(max_num_seqs, vocab_size, num_blocks, BLOCK_TOKENS, (EOS,))
+        self.runner = SimulatedRunner(
+            max_num_seqs, vocab_size, num_blocks, BLOCK_TOKENS, (EOS,), runs_late=runs_late
+        )
         self.scheduler: PrefillScheduler[str] = PrefillScheduler(
             self.allocator,
             self.prefix_cache,
@@ -99,8 +103,10 @@ class PrefillSimulation:
 
     def apply(self) -> PrefillStep[str]:
         """Apply the oldest step in flight, and check what it says."""
-        step = self.scheduler.apply(self._handles.popleft().result(), self.now)
+        result = self.runner.finish(self._handles.popleft(), self.allocator)
+        step = self.scheduler.apply(result, self.now)
         self.scheduler.check_integrity()
+        self.prefix_cache.check_integrity(self.runner.checksum)
         for key, num_tokens in step.progressed:
             self.check_kv(key, num_tokens)
         for done in step.completed:

@@ -5,20 +5,26 @@ all of them. Before a row runs, and again after all rows of its step have writte
 row attends to is compared, through its slot's block table, with what its sequence's own tokens
 give. The sampled token is a function of the context's hash and of (seed, choice, index), so
 `reference_output` knows the right answer without any paging.
+
+A GPU may run a step at any time from its launch until its result is asked for. Here it runs at the
+one end or at the other: `runs_late` shows what others do meanwhile to blocks that the step uses.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from paceline.engine.block_allocator import BlockAllocator
 from paceline.engine.step_plan import Int32Array, SlotStart, StepPlan, StepResult
 from paceline.request import TopLogprobs
 from paceline.sampling_params import SamplingParams
 
 KvArray = npt.NDArray[np.uint64]
 
+GARBAGE = np.uint64(0xDEAD)
 _MASK = (1 << 64) - 1
 _ROOT = 0x9E3779B97F4A7C15
 
@@ -98,18 +104,24 @@ class _Sequence:
 
 
 class SimulatedHandle:
-    """A step that has run; its result counts as unknown until asked for."""
+    """A step; its result counts as unknown until asked for."""
 
-    def __init__(self, result: StepResult) -> None:
-        self._result = result
+    def __init__(self, plan: StepPlan, run_until: Callable[["SimulatedHandle"], None]) -> None:
+        self.plan = plan
+        self.outcome: StepResult | None = None
+        """None: it has not run."""
         self.is_finished = False
+        self._run_until = run_until
 
     def done(self) -> bool:
-        return True
+        return self.outcome is not None
 
     def result(self) -> StepResult:
         self.is_finished = True
-        return self._result
+        if self.outcome is None:
+            self._run_until(self)
+        assert self.outcome is not None
+        return self.outcome
 
 
 class SimulatedRunner:
@@ -122,15 +134,21 @@ class SimulatedRunner:
         num_blocks: int,
         block_tokens: int,
         eos_token_ids: tuple[int, ...] = (),
+        *,
+        runs_late: bool = False,
     ) -> None:
+        """runs_late: a step runs when its result is asked for, not within `launch`."""
         self.max_num_slots = max_num_slots
         self.block_tokens = block_tokens
         self.model = SimulatedModel(vocab_size, eos_token_ids)
         self.pool: KvArray = np.zeros((num_blocks, block_tokens), dtype=np.uint64)
         self.num_blocks_copied = 0
+        self.runs_late = runs_late
         self._slots: dict[int, _Sequence] = {}
         self._last_step_id: int | None = None
         self._unfinished: list[SimulatedHandle] = []
+        self._waiting: deque[SimulatedHandle] = deque()
+        """Steps that have not run."""
 
     def launch(self, plan: StepPlan) -> SimulatedHandle:
         self._check_shapes(plan)
@@ -139,20 +157,11 @@ class SimulatedRunner:
         in_order = self._last_step_id is None or plan.step_id == self._last_step_id + 1
         _require(in_order, f"step {plan.step_id} launched after step {self._last_step_id}")
         self._last_step_id = plan.step_id
-        for start in plan.slot_starts:
-            self._require_slot(start.slot)
-            self._slots[start.slot] = _Sequence(self.model, start, len(self.pool))
-        entries = list(zip(plan.table_slots.tolist(), plan.table_columns.tolist(), strict=True))
-        _require(len(set(entries)) == len(entries), f"a table entry is set twice: {entries}")
-        changes = zip(plan.table_slots, plan.table_columns, plan.table_blocks, strict=True)
-        for slot, column, block in changes:
-            _require(0 <= block < len(self.pool), f"block {block} is not in the pool")
-            self._sequence(slot).block_table[column] = block
-        self._copy_blocks(plan)
-        rows = self._run_rows(plan)
-        result = self._sample(plan, rows)
-        handle = SimulatedHandle(result)
+        handle = SimulatedHandle(plan, self._run_until)
         self._unfinished.append(handle)
+        self._waiting.append(handle)
+        if not self.runs_late:
+            self._run_until(handle)
         return handle
 
     def close(self) -> None:
@@ -173,6 +182,46 @@ class SimulatedRunner:
         kv = np.array(self.model.kv_of(tokens), dtype=np.uint64)
         positions = np.arange(len(kv))
         self.pool[blocks[positions // self.block_tokens], positions % self.block_tokens] = kv
+
+    def finish(self, handle: SimulatedHandle, allocator: BlockAllocator) -> StepResult:
+        """Give a step's result; a step that runs late must not use a block that nobody holds."""
+        free = [
+            block_id
+            for block_id in range(allocator.num_blocks)
+            if not allocator.num_references(block_id)
+            and not allocator.num_pins(block_id)
+            and not allocator.is_cached(block_id)
+        ]
+        self.pool[free] = GARBAGE
+        result = handle.result()
+        written = np.flatnonzero((self.pool[free] != GARBAGE).any(axis=1))
+        blocks = [free[number] for number in written.tolist()]
+        _require(not blocks, f"step {result.step_id} wrote blocks that nobody holds: {blocks}")
+        return result
+
+    def checksum(self, block_id: int) -> bytes:
+        """For `PrefixCache.check_integrity`: cached blocks must not be written."""
+        return self.pool[block_id].tobytes()
+
+    def _run_until(self, last: SimulatedHandle) -> None:
+        """Run the steps that wait, in the order of their launch, up to one of them."""
+        while last.outcome is None:
+            handle = self._waiting.popleft()
+            handle.outcome = self._run(handle.plan)
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        for start in plan.slot_starts:
+            self._require_slot(start.slot)
+            self._slots[start.slot] = _Sequence(self.model, start, len(self.pool))
+        entries = list(zip(plan.table_slots.tolist(), plan.table_columns.tolist(), strict=True))
+        _require(len(set(entries)) == len(entries), f"a table entry is set twice: {entries}")
+        changes = zip(plan.table_slots, plan.table_columns, plan.table_blocks, strict=True)
+        for slot, column, block in changes:
+            _require(0 <= block < len(self.pool), f"block {block} is not in the pool")
+            self._sequence(slot).block_table[column] = block
+        self._copy_blocks(plan)
+        rows = self._run_rows(plan)
+        return self._sample(plan, rows)
 
     def _check_shapes(self, plan: StepPlan) -> None:
         num_rows = len(plan.slots)
