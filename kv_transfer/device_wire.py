@@ -87,8 +87,11 @@ class DeviceWire:
 
     def abort(self) -> None:
         self._group.abort()
-        if self._copies is not None:
-            self._copies.synchronize()  # the buffers may go now
+        # Both write to the buffers, which may go after this. `arrivals` ends after the group's
+        # stream; if an abort has not ended that, this hangs here and keeps them.
+        for stream in (self._arrivals, self._copies):
+            if stream is not None:
+                stream.synchronize()
 
     def _send(self, staged: torch.Tensor) -> Transfer:
         # The group's stream waits for what `copies` holds now: the gather into this buffer.

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 # Without a limit NCCL takes up to 32: a few transfers would fill the GPU, and workers that read
 # from each other in a circle would stand still. No measurement is behind this number so far.
 MAX_CTAS = 8
+# The first in which two processes of a group may be on one GPU.
+SHARED_GPU_VERSION = (2, 30, 0)
 
 # Read by torch and NCCL when a group is built, and there is no other way to set them. What the user
 # has set stays, but for the first.
@@ -55,6 +57,7 @@ class NcclGroups:
                 "torch_distributed cannot move its blocks. Install a torch built with CUDA and NCCL"
             )
         prepare_environment(listen_host)
+        warn_if_workers_cannot_share_a_gpu(_loaded_version())
         self._device = device
         self._block_bytes = block_bytes
         self._timeout_s = timeout_s
@@ -105,6 +108,27 @@ def prepare_environment(listen_host: str) -> None:
     logger.info(
         "event=nccl_interface interface=%s source=%s listen_host=%s", chosen, source, listen_host
     )
+
+
+def warn_if_workers_cannot_share_a_gpu(version: tuple[int, ...]) -> None:
+    """Say it at start, and no more: a worker on a shared GPU may need no peer."""
+    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and version < SHARED_GPU_VERSION:
+        logger.warning(
+            "event=nccl_cannot_share_gpu NCCL_MULTI_RANK_GPU_ENABLE is 1, and NCCL %s is loaded, "
+            "which ignores it: two workers on one GPU cannot exchange KV. Give each worker a GPU "
+            "of its own, or install NCCL %s or newer",
+            ".".join(map(str, version)),
+            ".".join(map(str, SHARED_GPU_VERSION[:2])),
+        )
+
+
+def _loaded_version() -> tuple[int, ...]:
+    """Return the version that runs: not torch's own when another was preloaded."""
+    nccl: Any = dist.ProcessGroupNCCL
+    if hasattr(nccl, "get_runtime_nccl_version"):
+        return tuple(nccl.get_runtime_nccl_version())
+    build: Any = torch.cuda.nccl
+    return tuple(build.version())
 
 
 def _meet(store: ChannelStore, rank: int) -> None:

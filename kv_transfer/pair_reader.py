@@ -1,6 +1,7 @@
 """The reader's end of a `torch_distributed` pair: asks for blocks and receives them, in order."""
 
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from paceline.kv_transfer.communicator import (
     WriteGate,
     describe,
 )
+from paceline.kv_transfer.connect_backoff import ConnectBackoff
 from paceline.kv_transfer.pair_end import PairEnd
 from paceline.kv_transfer.pair_messages import Ask, Drop, Go, No, Put, decode
 from paceline.kv_transfer.read_handle import PendingRead
@@ -23,13 +25,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A read on its way; `answer` is filled by the io thread. A probe's targets are scratch."""
+    """A read on its way; the answer is filled by the io thread. A probe's targets are scratch."""
 
     seq: int
     read: PendingRead
     targets: Sequence[int]
     is_probe: bool
     answer: Go | No | None = None
+    generation: int = 0
+    """The communicator that a Go has named; 0 before that."""
 
 
 class PairReader:
@@ -48,8 +52,10 @@ class PairReader:
         self._num_owner_blocks = num_owner_blocks
         self._pool = pool
         self._gate = WriteGate()
+        self._backoff = ConnectBackoff(owner)  # guarded by `end.changed`
         self._asked: deque[_Asked] = deque()
         self._last_seq = 0
+        self._connected_generation = 0
 
     def read(self, lease_id: int, sources: Sequence[int], targets: Sequence[int]) -> PendingRead:
         read = PendingRead(len(sources) * self._pool.layout.block_bytes, self.end.timeout_s)
@@ -87,6 +93,8 @@ class PairReader:
     def close(self) -> None:
         with self.end.changed:
             asked, self._asked = list(self._asked), deque()
+            if asked and not self.end.is_closing:
+                self.end.send(Drop(asked[-1].seq))  # the owner lets go first, as in `_give_up`
         self.end.begin_close()
         self._gate.shut()
         for one in asked:
@@ -102,7 +110,11 @@ class PairReader:
     ) -> None:
         end = self.end
         with end.changed:
-            if not end.is_closing:
+            if end.is_closing:
+                refusal = "the connection is closed"
+            elif (reason := self._backoff.refusal(time.monotonic())) is not None:
+                refusal = f"reading from {end.peer} is held back: {reason}"
+            else:
                 self._last_seq += 1
                 self._asked.append(_Asked(self._last_seq, read, targets, is_probe))
                 # Within the lock, so that asks are sent in the order of their numbers.
@@ -110,7 +122,7 @@ class PairReader:
                 end.changed.notify_all()
                 end.start(self._run)
                 return
-        read.fail("the connection is closed")
+        read.fail(refusal)
 
     def _take_answer(self, answer: Go | No) -> None:
         end = self.end
@@ -120,8 +132,10 @@ class PairReader:
                 return  # given up here, and the owner has been told
             was_promised = isinstance(asked.answer, Go)
             asked.answer = answer
-            if isinstance(answer, Go) and answer.generation > end.generation:
-                end.begin_generation(answer.generation)
+            if isinstance(answer, Go):
+                asked.generation = answer.generation
+                if answer.generation > end.generation:
+                    end.begin_generation(answer.generation)
             end.changed.notify_all()
         if was_promised and isinstance(answer, No):
             end.interrupt(answer.reason)
@@ -153,6 +167,8 @@ class PairReader:
         match asked.answer:
             case None:
                 raise TransportError("the owner did not answer")
+            case No(_, reason) if asked.generation:
+                raise TransportError(reason)
             case No(_, reason):
                 self._forget(asked)
                 asked.read.fail(f"{self.end.peer} refused the read: {reason}")
@@ -160,6 +176,9 @@ class PairReader:
                 communicator = self.end.communicator(generation, asked.read.deadline)
                 if communicator is None:
                     raise TransportError(f"communicator {generation} was given up")
+                with self.end.changed:
+                    self._connected_generation = generation
+                    self._backoff.connected()
                 blocks = self._pool.blocks
                 if asked.is_probe:
                     blocks = communicator.scratch(len(asked.targets))
@@ -168,21 +187,31 @@ class PairReader:
                 asked.read.finish()
 
     def _give_up(self, asked: _Asked, error: str) -> None:
-        """Drop the communicator and fail the read; every other one too if the wire broke."""
-        with self.end.changed:
+        """Drop the communicator and fail the read; every other one too if the wire broke or pairs
+        cannot connect.
+        """
+        end = self.end
+        with end.changed:
+            # If the owner goes on, the communicator is dropped already, and may have a successor.
             owner_goes_on = isinstance(asked.answer, No)
-        if not owner_goes_on:  # else it is dropped already, and there may be a newer one
-            self.end.interrupt(error)
-        with self.end.changed:
             if isinstance(asked.answer, No):
                 failed, error = [asked], asked.answer.reason
             elif asked.read.remaining_s < 0.01:
                 failed = [asked]  # the others have time left
-                error = f"not done within kv.read_timeout_s, {self.end.timeout_s} s ({error})"
+                error = f"not done within kv.read_timeout_s, {end.timeout_s} s ({error})"
             else:
                 failed = list(self._asked)
-            if not owner_goes_on and not self.end.is_closing and failed:
-                self.end.send(Drop(failed[-1].seq))
+            if asked.generation > self._connected_generation and not end.is_closing:
+                now = time.monotonic()
+                self._backoff.failed(error, now)
+                if self._backoff.refusal(now) is not None:
+                    failed, owner_goes_on = list(self._asked), False
+            if not owner_goes_on:
+                # The owner is told before the abort: until it lets go, it may write to what the
+                # abort frees.
+                if failed and not end.is_closing:
+                    end.send(Drop(failed[-1].seq))
+                end.interrupt(error)
             self._asked = deque(one for one in self._asked if one not in failed)
         for one in failed:
             one.read.fail(f"reading from {self.end.peer} failed: {error}")

@@ -1,6 +1,7 @@
 """The two ends of a connection whose transport was chosen: messages carry the transport's name."""
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 # A millisecond over shared memory, ten over 800 MB/s: a steady rate that delays nobody.
 PROBE_BYTES = 8 << 20
+# The first time a pair is made may take longer than a read may, and a peer may be starting.
+MAX_FAILED_PROBES = 3
+MIN_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
 
 
 class NamedPeer(NamedTuple):
@@ -73,11 +77,17 @@ class SelectedConnection:
         self._reason = reason
         self._refusal: str | None = None
         self._is_closing = False
-        # The first pays for page faults and for the pairing. Both end before any later read starts.
-        connection.probe(PROBE_BYTES).add_done_callback(self._begin_measure)
-        connection.probe(PROBE_BYTES).add_done_callback(self._end_measure)
+        self._num_failed_probes = 0
+        self._pause_s = MIN_PAUSE_S
+        self._next_probe_s: float | None = None
+        """When to probe again, by `time.monotonic`; None while a probe runs and after a good one.
+        """
+        self._measure()
 
     def read(self, lease_id: int, sources: Sequence[int], targets: Sequence[int]) -> ReadHandle:
+        if self._next_probe_s is not None and time.monotonic() >= self._next_probe_s:
+            self._next_probe_s = None
+            self._measure()
         if self._refusal is None:
             return self._connection.read(lease_id, sources, targets)
         read = PendingRead(0, 0.0)
@@ -97,18 +107,40 @@ class SelectedConnection:
         self._is_closing = True
         self._connection.close()
 
+    def _measure(self) -> None:
+        """Probe twice: the first pays for page faults and for the pairing, the second is timed.
+
+        Both end before any later read starts.
+        """
+        self._connection.probe(PROBE_BYTES).add_done_callback(self._begin_measure)
+        self._connection.probe(PROBE_BYTES).add_done_callback(self._end_measure)
+
     def _begin_measure(self, outcome: ReadOutcome) -> None:
-        self._measure_started_s = outcome.ended_s
+        self._first = outcome
 
     def _end_measure(self, outcome: ReadOutcome) -> None:
         if self._is_closing:
             return
-        if outcome.state is ReadState.FAILED:
-            error = f"a probe of {self.transport} from {self._owner} failed: {outcome.error}"
-            logger.warning("event=kv_probe_failed owner=%s error=%r", self._owner, error)
-            self._refusal = error if self._min_gb_per_s else None
-            return
-        elapsed_s = max(1e-6, outcome.ended_s - self._measure_started_s)
+        # Behind a failed one, the second pays for the pairing and tells no rate.
+        failed = next((o for o in (self._first, outcome) if o.state is ReadState.FAILED), None)
+        if failed is None:
+            self._judge(outcome)
+        else:
+            self._probe_later(failed.error)
+
+    def _probe_later(self, reason: str) -> None:
+        """Let a read that comes after a pause probe again; refuse reads once it failed often."""
+        self._num_failed_probes += 1
+        error = f"a probe of {self.transport} from {self._owner} failed: {reason}"
+        logger.warning("event=kv_probe_failed owner=%s error=%r", self._owner, error)
+        if self._min_gb_per_s and self._num_failed_probes >= MAX_FAILED_PROBES:
+            self._refusal = error
+        self._next_probe_s = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
+
+    def _judge(self, outcome: ReadOutcome) -> None:
+        self._refusal = None  # of failed probes
+        elapsed_s = max(1e-6, outcome.ended_s - self._first.ended_s)
         rate = self.gb_per_s = outcome.num_bytes / elapsed_s / 1e9
         logger.info(
             "event=kv_transport owner=%s transport=%s gb_per_s=%.2f reason=%r",

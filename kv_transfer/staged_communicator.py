@@ -22,12 +22,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from paceline.errors import TransportError
-from paceline.kv_transfer.channel_store import ChannelStore
 from paceline.kv_transfer.communicator import WriteGate
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,9 @@ NUM_STAGING = 2
 # than 1 % of its time.
 MIN_PAUSE_S, MAX_PAUSE_S = 20e-6, 500e-6
 COPY_TIMEOUT_S = 60.0
-CLOSE_TIMEOUT_S = 2.0
+# A launch takes some 50 µs. One that has not returned after this hangs in the library, and only the
+# abort can end it.
+LAUNCH_TIMEOUT_S = 1.0
 
 
 class Transfer(Protocol):
@@ -49,7 +51,8 @@ class Transfer(Protocol):
 
 class Wire(Protocol):
     """One side of a group of two and its staging buffers. Nothing here waits but `greet`, which may
-    hang, and `abort`. Used by one thread at a time; `abort` by any.
+    hang, and `abort`. Used by one thread at a time; `abort` by any, but not while `greet`, `send`
+    or `receive` runs, unless that hangs.
     """
 
     num_blocks: int
@@ -74,17 +77,31 @@ class Wire(Protocol):
         """Write a buffer's blocks to these."""
 
     def abort(self) -> None:
-        """Make everything that was launched end, and free the group. May block, called once."""
+        """Make everything that was launched end, and free the group. May block, called once.
+
+        Until it has returned, something may write to the buffers; when it raises, for ever.
+        """
 
 
 class StagedCommunicator:
     """Satisfies `Communicator`."""
 
-    def __init__(self, wire: Wire, start_thread: Callable[[str, Callable[[], None]], None]) -> None:
+    def __init__(
+        self,
+        wire: Wire,
+        start_thread: Callable[[str, Callable[[], None]], None],
+        abort_after_s: float = 0.0,
+    ) -> None:
+        """abort_after_s: how long the peer has to let go before this side's buffers do."""
         self._wire = wire
         self._start_thread = start_thread
+        self._abort_after_s = abort_after_s
         self._lock = threading.Lock()
         self._is_aborted = False
+        self._launching = threading.Lock()
+
+    def greet(self) -> Transfer:
+        return self._launch(self._wire.greet)
 
     def scratch(self, num_blocks: int) -> torch.Tensor:
         return self._wire.allocate(num_blocks)
@@ -94,7 +111,7 @@ class StagedCommunicator:
         for number, piece in enumerate(self._pieces(ids)):
             if len(sent) == NUM_STAGING:
                 self.wait(sent.popleft(), deadline)
-            sent.append(self._wire.send(blocks, piece, number % NUM_STAGING))
+            sent.append(self._launch(partial(self._wire.send, blocks, piece, number % NUM_STAGING)))
         for transfer in sent:
             self.wait(transfer, deadline)
 
@@ -103,7 +120,7 @@ class StagedCommunicator:
     ) -> None:
         pieces = self._pieces(ids)
         coming = deque(
-            self._wire.receive(len(piece), buffer)
+            self._launch(partial(self._wire.receive, len(piece), buffer))
             for buffer, piece in enumerate(pieces[:NUM_STAGING])
         )
         for number, piece in enumerate(pieces):
@@ -113,25 +130,39 @@ class StagedCommunicator:
                 # Whatever else happens: the gate says that nothing writes any more.
                 copy_deadline = time.monotonic() + COPY_TIMEOUT_S
                 copy = self._wire.scatter(buffer, blocks, piece)
-                _poll(copy, copy_deadline, "a copy within the GPU", lambda: False)
+                poll(copy, copy_deadline, "a copy within the GPU", lambda: False)
             if number + NUM_STAGING < len(pieces):
-                self._raise_if_aborted()
-                coming.append(self._wire.receive(len(pieces[number + NUM_STAGING]), buffer))
+                next_length = len(pieces[number + NUM_STAGING])
+                coming.append(self._launch(partial(self._wire.receive, next_length, buffer)))
 
     def abort(self) -> None:
         with self._lock:
             if self._is_aborted:
                 return
             self._is_aborted = True
-        self._start_thread("kv-abort", self._wire.abort)
+        self._start_thread("kv-abort", self._abort_wire)
 
     def wait(
         self, transfer: Transfer, deadline: float, is_given_up: Callable[[], bool] = lambda: False
     ) -> None:
         """Return when the transfer is done; raise TransportError when it is aborted or late."""
-        _poll(transfer, deadline, "a transfer", lambda: self._is_aborted or is_given_up())
+        poll(transfer, deadline, "a transfer", lambda: self._is_aborted or is_given_up())
         # An abort ends transfers as if they were done.
         self._raise_if_aborted()
+
+    def _launch(self, launch: Callable[[], Transfer]) -> Transfer:
+        with self._launching:
+            self._raise_if_aborted()
+            return launch()
+
+    def _abort_wire(self) -> None:
+        time.sleep(self._abort_after_s)
+        # NCCL forbids an abort beside a launch: let the one that runs end. None begins after it.
+        if self._launching.acquire(timeout=LAUNCH_TIMEOUT_S):
+            self._launching.release()
+        else:
+            logger.error("event=kv_launch_hangs timeout_s=%s", LAUNCH_TIMEOUT_S)
+        self._wire.abort()
 
     def _raise_if_aborted(self) -> None:
         if self._is_aborted:
@@ -143,99 +174,8 @@ class StagedCommunicator:
         return [uploaded[start : start + size] for start in range(0, len(ids), size)]
 
 
-class StagedCommunicators:
-    """Makes communicators on threads of their own; satisfies `CommunicatorFactory`."""
-
-    def __init__(self, make_wire: Callable[[ChannelStore, int], Wire]) -> None:
-        """make_wire(store, rank) meets the peer; it may hang."""
-        self._make_wire = make_wire
-        self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
-
-    def connect(self, store: ChannelStore, rank: int, timeout_s: float) -> StagedCommunicator:
-        deadline = time.monotonic() + timeout_s
-        meeting = _Meeting(lambda: self._make_wire(store, rank))
-        self._start_thread("kv-connect", meeting.run)
-        try:
-            _poll(meeting, deadline, "connecting", lambda: store.is_closed)
-        except BaseException:
-            if (wire := meeting.give_up()) is not None:
-                self._start_thread("kv-abort", wire.abort)
-            raise
-        communicator = StagedCommunicator(meeting.wire, self._start_thread)
-        try:
-            communicator.wait(meeting.greeting, deadline, lambda: store.is_closed)
-        except BaseException:
-            communicator.abort()
-            raise
-        return communicator
-
-    def close(self) -> None:
-        deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        with self._lock:
-            threads, self._threads = self._threads, []
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
-                logger.error(
-                    "event=kv_thread_hangs thread=%s timeout_s=%s", thread.name, CLOSE_TIMEOUT_S
-                )
-
-    def _start_thread(self, name: str, run: Callable[[], None]) -> None:
-        def log_failure() -> None:
-            try:
-                run()
-            except Exception:
-                logger.exception("event=kv_thread_failed thread=%s", name)
-
-        thread = threading.Thread(target=log_failure, name=name, daemon=True)
-        with self._lock:
-            self._threads = [known for known in self._threads if known.is_alive()]
-            self._threads.append(thread)
-            thread.start()
-
-
-class _Meeting:
-    """The making of a wire, on a thread; to whoever waits for it, a transfer."""
-
-    wire: Wire
-    greeting: Transfer
-
-    def __init__(self, make_wire: Callable[[], Wire]) -> None:
-        self._make_wire = make_wire
-        self._lock = threading.Lock()
-        self._made: Wire | None = None
-        self._is_given_up = False
-        self._error: Exception | None = None
-        self._has_ended = False
-
-    def run(self) -> None:
-        try:
-            wire = self._make_wire()
-            with self._lock:
-                self._made = wire
-                is_given_up = self._is_given_up
-            if is_given_up:
-                wire.abort()
-                return
-            self.wire, self.greeting = wire, wire.greet()
-        except Exception as error:
-            self._error = error
-        self._has_ended = True
-
-    def is_done(self) -> bool:
-        if self._error is not None:
-            raise self._error
-        return self._has_ended
-
-    def give_up(self) -> Wire | None:
-        """Return what the caller has to abort; what is made later is aborted here."""
-        with self._lock:
-            self._is_given_up = True
-            return self._made
-
-
-def _poll(transfer: Transfer, deadline: float, name: str, is_given_up: Callable[[], bool]) -> None:
+def poll(transfer: Transfer, deadline: float, name: str, is_given_up: Callable[[], bool]) -> None:
+    """Return when the transfer is done; raise TransportError when it is given up or late."""
     started_s = time.monotonic()
     pause_s = MIN_PAUSE_S
     while not transfer.is_done():

@@ -29,7 +29,7 @@ from paceline.kv_transfer.gloo_communicator import GlooCommunicators
 from paceline.kv_transfer.nccl import NcclGroups
 from paceline.kv_transfer.pair_owner import PairOwner
 from paceline.kv_transfer.pair_reader import PairReader
-from paceline.kv_transfer.staged_communicator import StagedCommunicators
+from paceline.kv_transfer.staged_connect import StagedCommunicators
 from paceline.kv_transfer.transport import Channel, IsReadable, LocalPool
 
 logger = logging.getLogger(__name__)

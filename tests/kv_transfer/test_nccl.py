@@ -10,7 +10,12 @@ import torch
 from paceline.errors import ConfigError
 from paceline.kv_transfer.communicator import describe
 from paceline.kv_transfer.listen_host import interface_of
-from paceline.kv_transfer.nccl import NcclGroups, prepare_environment
+from paceline.kv_transfer.nccl import (
+    NcclGroups,
+    _loaded_version,
+    prepare_environment,
+    warn_if_workers_cannot_share_a_gpu,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +23,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment that names nothing of NCCL's, given back after the test."""
     for name in (
         "NCCL_SOCKET_IFNAME",
+        "NCCL_MULTI_RANK_GPU_ENABLE",
         "NCCL_RAS_ENABLE",
         "TORCH_NCCL_BLOCKING_WAIT",
         "TORCH_NCCL_TRACE_BUFFER_SIZE",
@@ -64,6 +70,38 @@ def test_every_address_of_this_host_has_its_interface() -> None:
 def test_a_torch_without_nccl_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no NCCL"):
         NcclGroups(torch.device("cuda", 0), 4096, "127.0.0.1", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "version", "is_warned"),
+    [
+        ("1", (2, 29, 7), True),
+        ("1", (2, 28), True),
+        ("1", (2, 30, 0), False),
+        ("1", (3, 0, 1), False),
+        ("0", (2, 28, 9), False),
+        (None, (2, 28, 9), False),
+    ],
+)
+def test_an_nccl_too_old_for_two_workers_on_one_gpu_is_told_at_start(
+    environment: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    setting: str | None,
+    version: tuple[int, ...],
+    is_warned: bool,
+) -> None:
+    if setting is not None:
+        environment.setenv("NCCL_MULTI_RANK_GPU_ENABLE", setting)
+    warn_if_workers_cannot_share_a_gpu(version)
+    assert ("two workers on one GPU cannot exchange KV" in caplog.text) == is_warned
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_version_that_is_loaded_is_three_numbers() -> None:
+    version = _loaded_version()
+    assert len(version) == 3
+    assert version >= (2, 20, 0)
 
 
 def test_an_error_is_told_in_one_line_without_paths_of_sources() -> None:

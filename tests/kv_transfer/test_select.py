@@ -1,14 +1,16 @@
 """Which transport two workers end up with, and why."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
 from kv_peer import LEASE, LocalSession, Worker, wait_ended
 
 from paceline.errors import TransportError
-from paceline.kv_transfer import pool_memory
+from paceline.kv_transfer import pool_memory, selected
+from paceline.kv_transfer.read_handle import PendingRead
 from paceline.kv_transfer.selected import SelectedConnection
 from paceline.kv_transfer.settings import KvSettings
 from paceline.kv_transfer.transport import ReadState
@@ -123,3 +125,86 @@ def test_messages_for_an_unknown_transport_are_refused(auto: Connected, payload:
 def test_a_lease_that_ends_before_its_second_renewal_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lease_ttl_s at least twice"):
         KvSettings(lease_ttl_s=1.0, heartbeat_s=0.6)
+
+
+class ProbedConnection:
+    """A connection whose probes the test ends; its reads are done at once."""
+
+    def __init__(self) -> None:
+        self.probes: list[PendingRead] = []
+
+    def probe(self, num_bytes: int) -> PendingRead:
+        self.probes.append(PendingRead(num_bytes, 10.0))
+        return self.probes[-1]
+
+    def read(self, lease_id: int, sources: Sequence[int], targets: Sequence[int]) -> PendingRead:
+        read = PendingRead(1, 10.0)
+        read.finish()
+        return read
+
+    def on_message(self, payload: bytes) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock of probes, in its one element."""
+    clock = [1000.0]
+    monkeypatch.setattr(selected, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    return clock
+
+
+def fail_probes(probed: ProbedConnection, error: str) -> None:
+    for probe in probed.probes[-2:]:
+        probe.fail(error)
+
+
+def read_error(connection: SelectedConnection) -> str:
+    return wait_ended(connection.read(LEASE, [0], [0])).error
+
+
+def test_a_rate_is_measured_behind_a_good_probe_only(now: list[float]) -> None:
+    probed = ProbedConnection()
+    connection = SelectedConnection("torch_distributed", "owner-0.7", probed, 1.0, "")
+    probed.probes[0].fail("the pairing took too long")
+    probed.probes[1].finish()
+    assert connection.gb_per_s is None
+    assert read_error(connection) == ""
+    assert len(probed.probes) == 2
+    now[0] += selected.MIN_PAUSE_S
+    assert read_error(connection) == ""
+    assert len(probed.probes) == 4
+    for probe in probed.probes[2:]:
+        probe.finish()
+    assert connection.gb_per_s is not None
+
+
+def test_failed_probes_refuse_reads_only_after_some_and_until_one_is_good(
+    now: list[float],
+) -> None:
+    probed = ProbedConnection()
+    connection = SelectedConnection("torch_distributed", "owner-0.7", probed, 1e-6, "")
+    for num_failed in range(selected.MAX_FAILED_PROBES):
+        assert read_error(connection) == ""
+        assert len(probed.probes) == 2 * (num_failed + 1)
+        fail_probes(probed, "no route")
+        now[0] += 100.0
+    probed_again = read_error(connection)
+    assert "a probe of torch_distributed from owner-0.7 failed: no route" in probed_again
+    for probe in probed.probes[-2:]:
+        probe.finish()
+    assert read_error(connection) == ""
+    now[0] += 100.0
+    assert read_error(connection) == ""
+    assert len(probed.probes) == 2 * (selected.MAX_FAILED_PROBES + 1)
+
+
+def test_a_transport_that_is_too_slow_stays_refused(now: list[float]) -> None:
+    probed = ProbedConnection()
+    connection = SelectedConnection("torch_distributed", "owner-0.7", probed, 1e9, "")
+    for probe in probed.probes:
+        probe.finish()
+    now[0] += 100.0
+    assert "kv.min_transport_gb_per_s" in read_error(connection)
+    assert len(probed.probes) == 2

@@ -233,12 +233,12 @@ def test_a_transfer_cut_in_the_middle_frees_both_threads_at_once(
     for _ in range(10):
         reader.blocks.zero_()
         pair = LocalPair(owner, reader)
-        handles = [pair.connection.read(LEASE, everything, everything) for _ in range(3)]
+        handles = [pair.connection.read(LEASE, everything, everything) for _ in range(12)]
         wait_until(lambda: bool(reader.blocks[0].any()))
         (pair.connection if closer == "reader" else pair.peer).close()
         pair.close()
         wait_until(lambda: resources().threads == before, 2.0)
-        assert wait_ended(handles[2]).state is ReadState.FAILED
+        assert wait_ended(handles[-1]).state is ReadState.FAILED
     owner.close()
     reader.close()
 

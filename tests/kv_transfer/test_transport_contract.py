@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +209,10 @@ def test_reads_end_within_two_seconds_when_their_owner_is_killed(kind: Kind) -> 
     wait_for_resources(kind, before)
 
 
+def receiving_threads() -> list[str]:
+    return [name for name in resources().threads if "recv" in name]
+
+
 def begin_reads(pair: Pair, minimum: int) -> list[ReadHandle]:
     """Start reads, of which the first has begun to arrive and the last has not; they wait in line.
 
@@ -225,6 +230,7 @@ def begin_reads(pair: Pair, minimum: int) -> list[ReadHandle]:
 
 
 def kill_owner_during_reads(kind: Kind) -> None:
+    others = receiving_threads()  # of the module's pair
     reader = make_reader(kind, MIB_BLOCKS)
     num_mappings = resources().mappings
     pair = Pair(kind, reader=reader, block_kib=MIB_BLOCKS)
@@ -237,7 +243,7 @@ def kill_owner_during_reads(kind: Kind) -> None:
         assert outcome.state is ReadState.FAILED or torch.equal(reader.read_back(), pair.expected())
     pair.close()
     assert resources().mappings == num_mappings
-    wait_until(lambda: not any("recv" in name for name in resources().threads))
+    wait_until(lambda: receiving_threads() == others)
     reader.close()
 
 
@@ -274,6 +280,7 @@ def test_an_owner_frees_what_a_killed_reader_held(kind: Kind) -> None:
 
 
 def test_close_ends_running_reads_and_nothing_is_written_after_it(kind: Kind) -> None:
+    others = receiving_threads()  # of the module's pair
     reader = make_reader(kind, MIB_BLOCKS)
     pair = Pair(kind, reader=reader, block_kib=MIB_BLOCKS)
     handles = begin_reads(pair, 3)
@@ -285,7 +292,7 @@ def test_close_ends_running_reads_and_nothing_is_written_after_it(kind: Kind) ->
     assert handles[-1].state is ReadState.FAILED
     late = pair.link.connection.read(LEASE, [0], [0])
     assert wait_ended(late).error == "the connection is closed"
-    wait_until(lambda: not any("recv" in name for name in resources().threads), 2.0)
+    wait_until(lambda: receiving_threads() == others, 2.0)
     assert bool((reader.read_back() == 255).all())
     pair.close()
     reader.close()
@@ -299,6 +306,8 @@ def test_a_stopped_owner_fails_reads_at_the_time_out_and_serves_again_after(kind
     assert pair.read([0], [0]).state is ReadState.DONE
     os.kill(pair.owner.pid, signal.SIGSTOP)
     try:
+        # The signal has not stopped every thread of a busy host's process when `kill` returns.
+        wait_until(lambda: has_stopped(pair.owner.pid))
         handles = [pair.link.connection.read(LEASE, [1], [number]) for number in range(3)]
         outcomes = [wait_ended(handle, timeout_s + 1.4) for handle in handles]
     finally:
@@ -313,6 +322,10 @@ def test_a_stopped_owner_fails_reads_at_the_time_out_and_serves_again_after(kind
     assert torch.equal(reader.read_back()[6], pair.expected()[5])
     pair.close()
     reader.close()
+
+
+def has_stopped(pid: int) -> bool:
+    return all("\nState:\tT" in f.read_text() for f in Path(f"/proc/{pid}/task").glob("*/status"))
 
 
 @pytest.mark.parametrize("kind", [STAGED, NCCL], ids=lambda kind: kind.name)

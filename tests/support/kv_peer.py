@@ -24,7 +24,7 @@ from paceline.kv_layout import attention_layout
 from paceline.kv_transfer.pool_memory import PoolMemory
 from paceline.kv_transfer.select import SelectingTransport, build_transport
 from paceline.kv_transfer.settings import KvSettings
-from paceline.kv_transfer.staged_communicator import StagedCommunicators
+from paceline.kv_transfer.staged_connect import StagedCommunicators
 from paceline.kv_transfer.torch_distributed import TorchDistributedTransport
 from paceline.kv_transfer.transport import (
     Connection,
@@ -38,6 +38,7 @@ LEASE = 2**63 + 5
 NO_LEASE = 77
 # The first NCCL communicator of a process takes seconds.
 DEADLINE_S = 60.0 if torch.cuda.is_available() else 10.0
+CLOSE_TIMEOUT_S = 10.0
 
 
 class Kind(NamedTuple):
@@ -257,11 +258,14 @@ class OwnerProcess:
         self.session_pipe.close()
         if self._process.is_alive():
             self._control.send("exit")
-        self._process.join(DEADLINE_S)
-        if self._process.is_alive():
+        self._process.join(CLOSE_TIMEOUT_S)
+        hangs = self._process.is_alive()
+        if hangs:
             self._process.kill()
+            self._process.join(CLOSE_TIMEOUT_S)
         self._process.close()
         self._control.close()
+        assert not hangs, f"the owner has not ended within {CLOSE_TIMEOUT_S} s"
 
 
 def _read_for_ever(
