@@ -126,6 +126,20 @@ def measure_prefill_attention(num_tokens: int, rates: Rates) -> Any:
     return result | {"tflop_per_s": flops / seconds / 1e12}
 
 
+def measure_small_kernels(rates: Rates) -> dict[str, Any]:
+    from paceline.bench.small_kernels import Shape, small_kernel_cases
+
+    results = {}
+    for name, make in small_kernel_cases(Shape(), (1, 8, 64, 1024, 8192), (1, 8, 64, 256), "cuda"):
+        case = make()
+        theirs = graph_seconds(case.theirs) if case.theirs else None
+        floor_s = rates.floor_s(case.num_bytes, 0)
+        results[name] = compared(graph_seconds(case.ours), theirs, floor_s)
+        del case
+        torch.cuda.empty_cache()
+    return results
+
+
 def compared(seconds: float, torch_seconds: float | None, floor_s: float) -> dict[str, Any]:
     return {
         "us": 1e6 * seconds,
@@ -156,6 +170,7 @@ def main() -> None:
         "prefill_attention": {
             str(n): measure_prefill_attention(n, rates) for n in (1024, 2048, 8192, 32768)
         },
+        "small": measure_small_kernels(rates),
     }
     write_result(options.output, "kernels", {"block_tokens": BLOCK_TOKENS, "seed": 0}, result)
 
