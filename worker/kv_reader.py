@@ -161,8 +161,7 @@ class OwnerLink:
         if (found := self._imports.get(key)) is None:
             return
         if not found.has_ended:
-            release = kv_pb2.Release(request_id=key.request_id, attempt=key.attempt)
-            self._outgoing.send(kv_pb2.ReadLeasesRequest(release=release))
+            self._release(found)
         found.abandon()
         self._forget_if_quiet(found)
 
@@ -264,7 +263,10 @@ class OwnerLink:
             num_tokens=update.num_tokens,
             first_tokens=tuple(first_token_from_proto(message) for message in update.first_tokens),
         )
+        had_ended = found.has_ended
         read = found.take_news(news)
+        if found.has_ended and not had_ended:
+            self._release(found)
         if read is not None:
             self._failpoints.hit("reading")
             handle = self._connection.read(update.lease_id, read.sources, read.targets)
@@ -275,7 +277,10 @@ class OwnerLink:
 
     def _read_ended(self, found: KvImport, read: Read, outcome: ReadOutcome) -> None:
         self._failpoints.hit("read_done")
+        had_ended = found.has_ended
         found.read_ended(read, outcome)
+        if found.has_ended and not had_ended:
+            self._release(found)
         self._confirm_if_read(found)
         self._forget_if_quiet(found)
 
@@ -290,7 +295,16 @@ class OwnerLink:
     def _verdict_is_late(self, found: KvImport) -> None:
         if found.state is ImportState.CONFIRMING:
             found.lose(f"no verdict from {self.owner.name} within {self._verdict_timeout_s} s")
+            self._release(found)
             self._forget_if_quiet(found)
+
+    def _release(self, found: KvImport) -> None:
+        """Give the lease back. Else the session's heartbeats would keep it for as long as it lasts,
+        since they renew whatever this reader has.
+        """
+        key = found.key
+        release = kv_pb2.Release(request_id=key.request_id, attempt=key.attempt)
+        self._outgoing.send(kv_pb2.ReadLeasesRequest(release=release))
 
     def _forget_if_quiet(self, found: KvImport) -> None:
         if found.is_quiet:

@@ -26,6 +26,7 @@ from paceline.decode_worker.intake import Intake
 from paceline.decode_worker.scheduler import DecodeScheduler
 from paceline.engine.block_allocator import BlockAllocator
 from paceline.engine.prefix_cache import CachedBlock, PrefixCache
+from paceline.engine.step_plan import StepHandle
 from paceline.errors import CancelledError
 from paceline.failpoints import Failpoints
 from paceline.internal.v1 import kv_pb2
@@ -118,7 +119,12 @@ class SimWorker:
         self.allocator = BlockAllocator(num_blocks)
         self.prefix_cache = PrefixCache(self.allocator, BLOCK_TOKENS, b"root key of tests")
         kind = HonestRunner if role is Role.DECODE else SimulatedRunner
-        self.runner = kind(max_num_seqs, VOCAB, num_blocks, BLOCK_TOKENS, (EOS,))
+        # Half of the workers launch a step before the result of the one before it, like GPUs.
+        self.overlap = world.random.random() < 0.5
+        self.in_flight: StepHandle | None = None
+        self.runner = kind(
+            max_num_seqs, VOCAB, num_blocks, BLOCK_TOKENS, (EOS,), runs_late=self.overlap
+        )
         self.identity = WorkerIdentity(
             worker_id=worker_id,
             incarnation=1,
@@ -135,8 +141,10 @@ class SimWorker:
         self.mailbox.run_calls(now)
         self.core.tick(now)
         plan = self.core.plan(now)
-        if plan is not None:
-            self.core.apply(self.runner.launch(plan).result(), now)
+        launched = self.runner.launch(plan) if plan is not None else None
+        ready, self.in_flight = (self.in_flight, launched) if self.overlap else (launched, None)
+        if ready is not None:
+            self.core.apply(ready.result(), now)
         self.sessions.report(self.core, now)
         self.core.check_integrity()
         # Whoever still reads a block that has been freed shall notice.

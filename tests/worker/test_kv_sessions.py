@@ -185,6 +185,18 @@ async def test_an_abandoned_import_is_released_at_its_owner() -> None:
         assert "lost" not in pair.heard.calls
 
 
+async def test_an_import_whose_read_failed_is_released_at_its_owner() -> None:
+    """Otherwise the reader's heartbeats would renew the lease for ever."""
+    pair = Pair()
+    async with pair.run() as reader:
+        lease = pair.grant(2)
+        reader.begin(KEY, pair.peer, 32, [10, 999], 0)
+        pair.publish(lease, Progress(32, FIRST))
+        await pair.until(lambda: pair.released == [KEY])
+        await pair.until(lambda: pair.heard.calls[-1] == "ended")
+        assert "999 is outside its pool" in pair.heard.reason
+
+
 async def test_another_layout_is_refused_with_both_layouts_in_the_message() -> None:
     pair = Pair()
     other = replace(READER, layout_fingerprint=b"other", layout_description="32 tokens a block")
