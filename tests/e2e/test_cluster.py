@@ -24,7 +24,7 @@ from paceline.cluster.settings import DeploymentSettings
 from paceline.v1 import control_pb2, inference_pb2, inference_pb2_grpc
 
 NAME = "tiny"
-DEADLINE_S = 240.0
+DEADLINE_S = 100.0
 PROMPTS = [[5 + (7 * position + number) % 300 for position in range(80)] for number in range(6)]
 
 
@@ -100,25 +100,28 @@ def _holds(condition: Callable[[], bool]) -> bool:
 
 
 async def generate(
-    stub: "inference_pb2_grpc.InferenceServiceAsyncStub", request: inference_pb2.GenerateRequest
-) -> Output:
-    output = Output()
+    stub: "inference_pb2_grpc.InferenceServiceAsyncStub",
+    request: inference_pb2.GenerateRequest,
+    output: Output,
+) -> None:
     async for response in stub.Generate(request, timeout=DEADLINE_S):
         output.take(response)
-    return output
 
 
 async def run_beside(cluster: Cluster, num_tokens: int, action: Callable[[], None]) -> None:
     """Run requests, do something once all stream, and compare every token in the end."""
     async with grpc.aio.insecure_channel(cluster.address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        outputs = [Output() for _ in PROMPTS]
+        requests = [token_request(prompt, max_tokens=num_tokens) for prompt in PROMPTS]
         running = [
-            asyncio.create_task(generate(stub, token_request(prompt, max_tokens=num_tokens)))
-            for prompt in PROMPTS
+            asyncio.create_task(generate(stub, request, output))
+            for request, output in zip(requests, outputs, strict=True)
         ]
-        await until(lambda: process("decode-0").num_running > 0, "decoding")
+        # Seen here: in the status, which is seconds old at times, they may have ended unseen.
+        await until(lambda: all(output.tokens for output in outputs), "streaming")
         await asyncio.to_thread(action)
-        outputs = await asyncio.gather(*running)
+        await asyncio.gather(*running)
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         assert len(output.tokens[0]) == num_tokens
         cluster.reference.check(prompt, output.tokens[0])
