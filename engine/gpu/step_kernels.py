@@ -14,7 +14,11 @@ import torch.nn.functional as F
 from paceline.engine.model_config import ModelConfig
 from paceline.engine.rope import inverse_frequencies
 from paceline.errors import UnsupportedModelError
-from paceline.kernels.decode_attention_triton import DecodeTiles, decode_attention_triton
+from paceline.kernels.decode_attention_triton import (
+    MAX_HEAD_DIM,
+    DecodeTiles,
+    decode_attention_triton,
+)
 from paceline.kernels.decode_attention_triton import choose_tiles as choose_decode_tiles
 from paceline.kernels.prefill_attention_triton import prefill_attention_triton
 from paceline.kernels.prefill_tiles import TileTable
@@ -30,7 +34,6 @@ from paceline.kernels.skinny_matmul_triton import (
     workspace_size,
 )
 
-MAX_HEAD_DIM = 256
 PREFETCH_BYTES = 8 << 20
 """Of a product's weight, fetched into the L2 while the kernel ahead still runs."""
 MAX_SKINNY_ROWS = 64
