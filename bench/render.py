@@ -1,7 +1,7 @@
 """Put results of the GPU's benchmarks into docs/performance.md: `python -m paceline.bench.render`.
 
-Reads engine_*.json and compare_*.json of a folder and replaces what lies between marks such as
-`<!-- begin decode -->` and `<!-- end decode -->`; draws docs/roofline.svg.
+Reads engine_*.json, kernels_*.json and compare_*.json of a folder and replaces what lies between
+marks such as `<!-- begin decode -->` and `<!-- end decode -->`; draws docs/roofline.svg.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from paceline.bench.gpu_tables import (
     start_up_section,
     tokens_text,
 )
+from paceline.bench.operation_tables import operations_section
 from paceline.bench.roofline import Measured, draw_roofline
 from paceline.errors import ConfigError
 
@@ -78,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "start-up": start_up_section(engines),
         "memory": memory_section(engines),
         "compare": compare_section(read_documents(options.results, "compare")),
+        "operations": "\n\n".join(
+            operations_section(document) for document in read_documents(options.results, "kernels")
+        ),
     }
     sections["roofline"] = ""
     for document in engines:

@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 
 
 def choose_tile(device: torch.device, row_words: int) -> Tile:
-    """Choose by the device and a block's size. No measurement is behind these numbers so far.
+    """Choose by the device and a block's size. Times: bench/results/kernels_h200.json.
 
     A transfer that should leave the GPU to others can be given fewer programs.
     """

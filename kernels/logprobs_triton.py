@@ -26,7 +26,7 @@ from paceline.kernels.sampling_slots_triton import (
 _TAKEN: tl.constexpr = tl.constexpr(2**31 - 1)
 
 TILE = 1024
-"""Tokens of a program. Unmeasured so far."""
+"""Tokens of a program. Not timed."""
 
 
 class TokenLogprobs(NamedTuple):

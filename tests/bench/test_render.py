@@ -21,7 +21,27 @@ SECTIONS = (
     "start-up",
     "memory",
     "compare",
+    "operations",
 )
+KERNELS = {
+    "config": {},
+    "result": {
+        "gpu": "NVIDIA H200",
+        "products": {
+            "M=1": {
+                "qkv": {"us": 15.0, "torch_us": 17.0, "floor_us": 11.0},
+                "down": {"us": 32.0, "torch_us": 33.0, "floor_us": 27.0},
+            }
+        },
+        "decode_attention": {"64 x 8192": {"us": 487.0, "over_floor": 1.0}},
+        "prefill_attention": {"8192": {"us": 1250.0, "torch_us": 1000.0, "tflop_per_s": 445.0}},
+        "small": {
+            "silu_mul 1": {"us": 1.4, "torch_us": 3.0},
+            "rope_kv_write 1": {"us": 1.8, "torch_us": None},
+            "silu_mul 64": {"us": 3.1, "torch_us": 9.0},
+        },
+    },
+}
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 
 
@@ -106,6 +126,7 @@ def render_page(folder: Path) -> str:
 def results(tmp_path: Path) -> Path:
     (tmp_path / "engine_llama-3-8b_h200.json").write_text(json.dumps(ENGINE))
     (tmp_path / "compare_transformers_h200.json").write_text(json.dumps(COMPARE))
+    (tmp_path / "kernels_h200.json").write_text(json.dumps(KERNELS))
     marks = [f"before {n}\n<!-- begin {n} -->\nold\n<!-- end {n} -->\nafter" for n in SECTIONS]
     (tmp_path / "page.md").write_text("\n".join(marks))
     return tmp_path
@@ -129,6 +150,15 @@ def test_tables_show_the_results(results: Path) -> None:
         "| llama-3-8b | 1.50 | 1.50 | 1.50 | 1.50 | 1.50 | 99.00 | 110.00 | 120.00 |",
         "| paceline | 5,000 | 100.0 | 200.0 | 10.0 | 20.0 |",
         "| transformers 5.17.0 | 1,000 | – | – | – | – |",
+        "| M=1 | 15.0 | 32.0 |",
+        "| M=1 PyTorch | 17.0 | 33.0 |",
+        "| floor of the first | 11.0 | 27.0 |",
+        "| decode attention, batch × context | 64 × 8K |",
+        "| paceline, paged keys | 445 |",
+        "| PyTorch, dense keys | 556 |",
+        "| µs (PyTorch's), by tokens, rows or blocks | 1 | 64 |",
+        "| silu_mul | 1.4 (3) | 3.1 (9) |",
+        "| rope_kv_write | 1.8 | – |",
     ):
         assert line in page
     assert "4.43 TB/s and 687 TFLOP/s" in page
