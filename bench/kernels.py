@@ -27,12 +27,8 @@ NUM_ROTATED_BYTES = 512 << 20
 
 
 def measure_product(name: str, num_rows: int, rates: Rates) -> dict[str, Any]:
-    from paceline.kernels.skinny_matmul_triton import (
-        SkinnyWorkspace,
-        choose_tiles,
-        skinny_matmul_triton,
-        workspace_size,
-    )
+    from paceline.kernels.skinny_matmul_triton import skinny_matmul_triton
+    from paceline.kernels.skinny_tiles import SkinnyWorkspace, choose_tiles, workspace_size
 
     num_outputs, inner = PRODUCTS[name]
     num_weights = max(2, NUM_ROTATED_BYTES // (2 * num_outputs * inner))

@@ -15,23 +15,24 @@ class StepKernels(Protocol):
     def embed(self, table: torch.Tensor) -> torch.Tensor:
         """Return the tokens' rows of the table, [T, hidden]."""
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the norm of each row."""
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
-        """Add x to `residual` in place; return the norm of the sum's rows."""
-
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        norm: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return x W^T + b."""
+        """Return x W^T + b, of the rows' RMS norm with this weight if there is one.
+
+        With `residual` that is added to it in place, and it is what is returned.
+        """
 
     def gated_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor
     ) -> torch.Tensor:
-        """Return silu(g) * u, where g and u are the halves of x W^T + b."""
+        """Return silu(g) * u, where g and u are the halves of norm(x) W^T + b."""
 
     def attend(
         self,

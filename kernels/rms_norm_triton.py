@@ -1,8 +1,7 @@
-"""Root-mean-square norm in Triton, with the residual stream (reference: kernels.rms_norm).
+"""Root-mean-square norm in Triton (reference: kernels.rms_norm).
 
-    h = residual + x, rounded to its dtype and kept in residual      only in add_rms_norm_triton
-    y = h / sqrt(mean(h^2) + eps) * weight                           Zhang and Sennrich 2019
-    x, residual, y [T, H], weight [H]; float32, bfloat16 or float16, rows at any stride
+    y = x / sqrt(mean(x^2) + eps) * weight                           Zhang and Sennrich 2019
+    x, y [T, H], weight [H]; float32, bfloat16 or float16, rows at any stride
 
 A program takes a row and holds it in registers, so each value is read once; sums are float32. Rows
 that pad a batch are normed like any other: no row depends on another.
@@ -38,16 +37,13 @@ def choose_tile(width: int) -> Tile:
 @triton.jit
 def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
-    residual_ptr,
     weight_ptr,
     out_ptr,
     x_stride,
-    residual_stride,
     out_stride,
     eps,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
-    ADD: tl.constexpr,
     LAUNCH_EARLY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -58,15 +54,9 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     if LAUNCH_EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    h = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        residual_ptrs = residual_ptr + row * residual_stride + columns
-        h += tl.load(residual_ptrs, mask=inside, other=0.0).to(tl.float32)
-        rounded = h.to(residual_ptr.dtype.element_ty)
-        tl.store(residual_ptrs, rounded, mask=inside)
-        h = rounded.to(tl.float32)
-    mean_square = tl.sum(h * h, axis=0) / WIDTH
-    y = h * tl.rsqrt(mean_square + eps) * weight
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    mean_square = tl.sum(x * x, axis=0) / WIDTH
+    y = x * tl.rsqrt(mean_square + eps) * weight
     tl.store(out_ptr + row * out_stride + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -84,35 +74,6 @@ def rms_norm_triton(
     out: where it goes, may be x itself. launch_early: overlap with the end of the kernel ahead
     (programmatic dependent launch, Hopper and later).
     """
-    return _launch(x, None, weight, eps, out, tile, launch_early)
-
-
-def add_rms_norm_triton(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    *,
-    out: torch.Tensor | None = None,
-    tile: Tile | None = None,
-    launch_early: bool = False,
-) -> torch.Tensor:
-    """Add x to `residual` in place and return the norm of the sum's rows.
-
-    out, launch_early: as in `rms_norm_triton`.
-    """
-    return _launch(x, residual, weight, eps, out, tile, launch_early)
-
-
-def _launch(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
-    out: torch.Tensor | None,
-    tile: Tile | None,
-    launch_early: bool,
-) -> torch.Tensor:
     if x.dim() != 2 or x.dtype not in DTYPES or x.stride(1) != 1:
         raise ValueError(
             "x must be [tokens, width] of float32, bfloat16 or float16 with contiguous rows, got "
@@ -125,14 +86,11 @@ def _launch(
         raise ValueError(f"weight must be contiguous [{width}], got {list(weight.shape)}")
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for name, tensor in (("out", out), ("residual", residual)):
-        if tensor is None:
-            continue
-        if tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.stride(1) != 1:
-            raise ValueError(
-                f"{name} must be {x.dtype} {list(x.shape)} with contiguous rows, got "
-                f"{tensor.dtype} {list(tensor.shape)} of strides {list(tensor.stride())}"
-            )
+    if out.shape != x.shape or out.dtype != x.dtype or out.stride(1) != 1:
+        raise ValueError(
+            f"out must be {x.dtype} {list(x.shape)} with contiguous rows, got {out.dtype} "
+            f"{list(out.shape)} of strides {list(out.stride())}"
+        )
     if tile is None:
         tile = choose_tile(width)
     if tile.width < width:
@@ -141,16 +99,13 @@ def _launch(
         options = {"launch_pdl": True} if launch_early else {}
         _rms_norm_kernel[(num_rows,)](
             x,
-            x if residual is None else residual,
             weight,
             out,
             x.stride(0),
-            0 if residual is None else residual.stride(0),
             out.stride(0),
             eps,
             WIDTH=width,
             TILE=tile.width,
-            ADD=residual is not None,
             LAUNCH_EARLY=launch_early,
             num_warps=tile.num_warps,
             **options,

@@ -1,13 +1,15 @@
-"""Linear layers for few rows on a GPU: y = x W^T + b, and what directly follows such a product.
+"""Linear layers for few rows on a GPU: y = x W^T + b, with what is directly around such a product.
 
+    norm         x / sqrt(mean(x^2) + eps) * norm in the place of x         Zhang and Sennrich 2019
     plain        y [M, N]   = x W^T + b
     gated        y [M, N/2] = silu(g) * u       where g, u are the halves of x W^T + b
     residual     r is added to y, last
 
-    x [M, K], weight [N, K], bias [N], residual as y -> y; all float32, float16 or bfloat16
+    x [M, K], weight [N, K], bias [N], norm [K], residual as y -> y; float32, float16 or bfloat16
 
-All of it in float32, rounded once at the end (separate operations round in between). float32
-products are IEEE's, not TF32.
+All of it in float32, rounded once at the end (separate operations round in between); only x * norm
+is rounded before it is multiplied. A row's 1 / sqrt(...) is a factor of its whole product, so that
+it is applied last, when a program has seen all of the row. float32 products are IEEE's, not TF32.
 
 Reading the weight is nearly all of the time, so a program takes a tile of its rows, the programs
 of all tiles of x beside each other, to find it in the L2. Where the tiles are too few to keep
@@ -21,118 +23,21 @@ bits. (Atomic additions would not.) Different batch sizes may use different tile
 differ in low bits.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from paceline.kernels.skinny_tiles import (
+    LINE_BYTES,
+    SkinnyTiles,
+    SkinnyWorkspace,
+    choose_tiles,
+    workspace_size,
+)
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-_LINE_BYTES = 128
-"""Of the L2 cache"""
-_MIN_PROGRAMS = 96
-"""Programs wanted at least: with 4 stages these keep the 132 multiprocessors of an H200 reading."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SkinnyTiles:
-    """How a product is cut. Sizes are powers of 2, of at least 16."""
-
-    block_m: int
-    block_n: int
-    """Rows of the weight; a gated product takes as many of the gate and of up."""
-    block_k: int
-    num_splits: int
-    """Programs along K, 1 to 8"""
-    num_warps: int = 4
-    num_stages: int = 3
-    weight_first: bool = False
-    """Multiply W x^T, so that the weight is the operand that matrix units take 64 rows of"""
-    launch_early: bool = False
-    """Programmatic dependent launch, Hopper and later: start while the kernel ahead ends"""
-    prefetch: int = 0
-    """With it, elements of each row of the weight, a power of 2, that are fetched into the L2 while
-    the kernel ahead still runs; 0: none"""
-
-
-def choose_tiles(
-    num_rows: int, num_outputs: int, inner: int, dtype: torch.dtype, gated: bool = False
-) -> SkinnyTiles:
-    """Return the tiles for a product of M rows, N outputs and K.
-
-    For bf16 these were within 5 % of the best of a sweep over the products of an 8B model on an
-    H200, M = 1 to 64, whose other tiles are not kept; times with these are in
-    bench/results/kernels_h200.json. The sizes for small products and for float32 are not timed.
-    """
-    block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
-    if dtype == torch.float32:
-        # Without matrix units: small tiles, because their products are unrolled in registers.
-        block_n, block_k, num_stages = 32, 32, 3
-    else:
-        is_small = triton.cdiv(num_outputs, 64) < _MIN_PROGRAMS // 4
-        block_n = 32 if is_small else 64
-        block_k = 64 if gated and block_m == 64 else 128
-        num_stages = 4 if gated else 5
-    tile_outputs = 2 * block_n if gated else block_n
-    num_tiles = triton.cdiv(num_rows, block_m) * triton.cdiv(num_outputs, tile_outputs)
-    num_splits = 1
-    while num_splits < 4 and num_tiles * num_splits < _MIN_PROGRAMS:
-        if inner < 4 * block_k * num_splits:  # each split keeps at least 2 steps along K
-            break
-        num_splits *= 2
-    return SkinnyTiles(
-        block_m,
-        block_n,
-        block_k,
-        num_splits,
-        num_stages=num_stages,
-        weight_first=dtype != torch.float32,
-    )
-
-
-def choose_prefetch(
-    num_outputs: int, inner: int, tiles: SkinnyTiles, dtype: torch.dtype, num_bytes: int
-) -> int:
-    """Return the elements of each row to prefetch, so that all programs fetch about `num_bytes`."""
-    line = _LINE_BYTES // dtype.itemsize
-    part = triton.cdiv(triton.cdiv(inner, tiles.block_k), tiles.num_splits) * tiles.block_k
-    elements = min(part, num_bytes // (num_outputs * tiles.num_splits * dtype.itemsize))
-    return 0 if elements < line or inner < line else 1 << (elements.bit_length() - 1)
-
-
-class SkinnyWorkspace(NamedTuple):
-    """Memory of split products on one stream, for products one after the other.
-
-    Owned by the caller, who keeps it as long as a graph uses it.
-    """
-
-    partials: torch.Tensor
-    """float32, contiguous; M * N * num_splits elements are used"""
-    counters: torch.Tensor
-    """int32, contiguous, one for each tile; all 0 between products: each leaves them so"""
-
-    @classmethod
-    def allocate(
-        cls, num_partials: int, num_tiles: int, device: torch.device | str
-    ) -> "SkinnyWorkspace":
-        """Allocate for products of up to so many partial sums and tiles of the output."""
-        return cls(
-            torch.empty(num_partials, dtype=torch.float32, device=device),
-            torch.zeros(num_tiles, dtype=torch.int32, device=device),
-        )
-
-
-def workspace_size(
-    num_rows: int, num_outputs: int, tiles: SkinnyTiles, gated: bool = False
-) -> tuple[int, int]:
-    """Return the partial sums and the tiles of a product: what `allocate` takes; 0, 0 unsplit."""
-    if tiles.num_splits == 1:
-        return 0, 0
-    tile_outputs = 2 * tiles.block_n if gated else tiles.block_n
-    num_tiles = triton.cdiv(num_rows, tiles.block_m) * triton.cdiv(num_outputs, tile_outputs)
-    return tiles.num_splits * num_rows * num_outputs, num_tiles
 
 
 def skinny_matmul_triton(
@@ -140,6 +45,8 @@ def skinny_matmul_triton(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
     gated: bool = False,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -148,11 +55,14 @@ def skinny_matmul_triton(
 ) -> torch.Tensor:
     """Return x W^T + b [M, N]; with `gated` silu of its first half times the second [M, N / 2].
 
-    Rows of any stride, elements of a row beside each other. `out` may be `residual`, and neither
+    Rows of any stride, elements of a row beside each other. With `norm` x is normed first; float16
+    is refused then, since x * norm may be too large for it. `out` may be `residual`, and neither
     may overlap anything else. A split product needs `workspace`, or allocates one, which costs a
     fill kernel. Raises ValueError for what the kernel cannot do.
     """
     _check(x, weight, bias, gated)
+    if norm is not None:
+        _check_norm(norm, x)
     num_rows, inner = x.shape
     num_outputs = weight.shape[0]
     width = num_outputs // 2 if gated else num_outputs
@@ -180,6 +90,7 @@ def skinny_matmul_triton(
         x,
         weight,
         bias,
+        norm,
         residual,
         out,
         workspace.partials,
@@ -188,7 +99,7 @@ def skinny_matmul_triton(
         width,
         inner,
         width * weight.stride(0),
-        num_rows * num_outputs,
+        eps,
         x.stride(0),
         weight.stride(0),
         0 if residual is None else residual.stride(0),
@@ -198,7 +109,7 @@ def skinny_matmul_triton(
         WEIGHT_FIRST=tiles.weight_first,
         EVEN=width % tiles.block_n == 0 and inner % (tiles.block_k * tiles.num_splits) == 0,
         LAUNCH_EARLY=tiles.launch_early,
-        LINES=tiles.prefetch * x.element_size() // _LINE_BYTES if tiles.launch_early else 0,
+        LINES=tiles.prefetch * x.element_size() // LINE_BYTES if tiles.launch_early else 0,
         # On a CPU: the interpreter's product takes the bits of bfloat16 for integers.
         WIDEN=x.is_cpu and x.dtype == torch.bfloat16,
         BLOCK_M=tiles.block_m,
@@ -234,6 +145,16 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gat
             f"bias must be contiguous {x.dtype} [{weight.shape[0]}], got {bias.dtype} "
             f"{list(bias.shape)} of strides {bias.stride()}"
         )
+
+
+def _check_norm(norm: torch.Tensor, x: torch.Tensor) -> None:
+    if norm.shape != x.shape[1:] or norm.dtype != x.dtype or not norm.is_contiguous():
+        raise ValueError(
+            f"norm must be contiguous {x.dtype} [{x.shape[1]}], got {norm.dtype} "
+            f"{list(norm.shape)} of strides {norm.stride()}"
+        )
+    if x.dtype == torch.float16:
+        raise ValueError("rows of float16 cannot be normed here: x * norm may be too large for it")
 
 
 def _check_like(name: str, tensor: torch.Tensor, shape: tuple[int, int], x: torch.Tensor) -> None:
@@ -300,6 +221,12 @@ def _prefetch(places):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_norm(norm, steps, inner):  # type: ignore[no-untyped-def]
+    """Load the norm's weight of these steps along K; 0 past the end."""
+    return tl.load(norm + steps, mask=steps < inner, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _add_splits(first, stride, mask, NUM_SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
     # .cg: other multiprocessors wrote these sums, and the L1 cache would not know.
     total = tl.load(first, mask=mask, other=0.0, cache_modifier=".cg")
@@ -309,11 +236,12 @@ def _add_splits(first, stride, mask, NUM_SPLITS: tl.constexpr):  # type: ignore[
 
 
 # Batches have any size: one kernel for all that share their tiles.
-@triton.jit(do_not_specialize=["num_rows", "split_stride"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
     bias,
+    norm,
     residual,
     out,
     partials,
@@ -322,7 +250,7 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
     width,
     inner,
     up_offset,
-    split_stride,
+    eps,
     x_stride,
     weight_stride,
     residual_stride,
@@ -357,6 +285,10 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
     else:
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    scale = tl.zeros((BLOCK_K,), tl.float32)
+    if norm is not None:
+        scale = _load_norm(norm, start + steps, inner)
     if LAUNCH_EARLY:
         if LINES > 0:
             line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
@@ -371,6 +303,12 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
         # The weight is read once, x by every program.
         x_mask = row_mask if EVEN else row_mask & inside
         x_tile = tl.load(x_places + k, mask=x_mask, other=0.0, eviction_policy="evict_last")
+        if norm is not None:
+            wide = x_tile.to(tl.float32)
+            squares += wide * wide
+            x_tile = (wide * scale[None, :]).to(x_tile.dtype)
+            # One step ahead: too narrow for an asynchronous copy, and nothing waits for it here.
+            scale = _load_norm(norm, k + BLOCK_K + steps, inner)
         weight_tile = _load_weight(weight_places + k, column_mask & inside, EVEN)
         sums = _multiply(sums, x_tile, weight_tile, WEIGHT_FIRST, WIDEN)
         if GATED:
@@ -379,17 +317,23 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
     if WEIGHT_FIRST:
         sums = tl.trans(sums)
         up_sums = tl.trans(up_sums)
+    row_squares = tl.sum(squares, axis=1)
 
     mask = row_mask & (columns < width)[None, :]
     is_last = True
     if NUM_SPLITS > 1:
-        # [split, row, N]
+        # [split, row, N], and of a norm's squares [tile, split, row] behind them
         num_outputs = width * 2 if GATED else width
+        split_row = split * num_rows + rows
         first = partials + rows.to(tl.int64)[:, None] * num_outputs + columns[None, :]
-        own = first + split.to(tl.int64) * split_stride
+        own = partials + split_row.to(tl.int64)[:, None] * num_outputs + columns[None, :]
         tl.store(own, sums, mask=mask)
         if GATED:
             tl.store(own + width, up_sums, mask=mask)
+        num_split_rows = NUM_SPLITS * num_rows
+        tile_squares = partials + (num_outputs + tl.program_id(1)).to(tl.int64) * num_split_rows
+        if norm is not None:
+            tl.store(tile_squares + split_row, row_squares, mask=rows < num_rows)
         # All threads have stored before one of them tells the other splits.
         tl.debug_barrier()
         counter = counters + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -398,10 +342,18 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
         if is_last:
             tl.debug_barrier()
             tl.store(counter, 0)
-            sums = _add_splits(first, split_stride, mask, NUM_SPLITS)
+            stride = num_rows.to(tl.int64) * num_outputs
+            sums = _add_splits(first, stride, mask, NUM_SPLITS)
             if GATED:
-                up_sums = _add_splits(first + width, split_stride, mask, NUM_SPLITS)
+                up_sums = _add_splits(first + width, stride, mask, NUM_SPLITS)
+            if norm is not None:
+                first_squares = tile_squares + rows
+                row_squares = _add_splits(first_squares, num_rows, rows < num_rows, NUM_SPLITS)
     if is_last:
+        if norm is not None:
+            factors = tl.rsqrt(row_squares / inner + eps)[:, None]
+            sums *= factors
+            up_sums *= factors
         if bias is not None:
             addend = tl.load(bias + columns, mask=columns < width, other=0.0)
             sums += addend.to(tl.float32)[None, :]

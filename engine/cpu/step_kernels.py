@@ -8,7 +8,7 @@ from paceline.engine.model_config import ModelConfig
 from paceline.engine.rope import inverse_frequencies
 from paceline.kernels.decode_attention import decode_attention
 from paceline.kernels.prefill_attention import prefill_attention
-from paceline.kernels.rms_norm import add_rms_norm, rms_norm
+from paceline.kernels.rms_norm import rms_norm
 from paceline.kernels.rope_kv_write import rope_kv_write, rope_tables
 from paceline.kernels.silu_mul import silu_mul
 from paceline.kernels.skinny_matmul import skinny_matmul
@@ -36,23 +36,24 @@ class CpuStepKernels:
     def embed(self, table: torch.Tensor) -> torch.Tensor:
         return F.embedding(self._batch.token_ids, table)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, weight, self._config.rms_norm_eps)
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
-        return add_rms_norm(x, residual, weight, self._config.rms_norm_eps)
-
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        norm: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return skinny_matmul(x, weight, bias)
+        if norm is not None:
+            x = rms_norm(x, norm, self._config.rms_norm_eps)
+        y = skinny_matmul(x, weight, bias)
+        return y if residual is None else residual.add_(y)
 
     def gated_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor
     ) -> torch.Tensor:
-        return silu_mul(skinny_matmul(x, weight, bias))
+        return silu_mul(self.linear(x, weight, bias, norm=norm))
 
     def attend(
         self,

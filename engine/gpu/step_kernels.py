@@ -22,15 +22,15 @@ from paceline.kernels.decode_attention_triton import (
 from paceline.kernels.decode_attention_triton import choose_tiles as choose_decode_tiles
 from paceline.kernels.prefill_attention_triton import prefill_attention_triton
 from paceline.kernels.prefill_tiles import TileTable
-from paceline.kernels.rms_norm_triton import add_rms_norm_triton, rms_norm_triton
+from paceline.kernels.rms_norm_triton import rms_norm_triton
 from paceline.kernels.rope_kv_write_triton import rope_cos_sin, rope_kv_write_triton
 from paceline.kernels.silu_mul_triton import silu_mul_triton
-from paceline.kernels.skinny_matmul_triton import (
+from paceline.kernels.skinny_matmul_triton import skinny_matmul_triton
+from paceline.kernels.skinny_tiles import (
     SkinnyTiles,
     SkinnyWorkspace,
     choose_prefetch,
     choose_tiles,
-    skinny_matmul_triton,
     workspace_size,
 )
 
@@ -163,41 +163,59 @@ class GpuStepKernels:
     def embed(self, table: torch.Tensor) -> torch.Tensor:
         return F.embedding(self._batch.token_ids, table)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rms_norm_triton(x, weight, self._eps, launch_early=self._resources.launch_early)
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
-        launch_early = self._resources.launch_early
-        return add_rms_norm_triton(x, residual, weight, self._eps, out=x, launch_early=launch_early)
-
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        norm: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if x.shape[0] > MAX_SKINNY_ROWS:
+        if x.shape[0] <= MAX_SKINNY_ROWS:
+            return self._skinny(x, weight, bias, norm, residual, gated=False)
+        if norm is not None:
+            x = self._normed(x, norm)
+        if residual is None:
             return F.linear(x, weight, bias)
-        return self._skinny(x, weight, bias, gated=False)
+        if bias is None:
+            return residual.addmm_(x, weight.t())
+        return residual.add_(F.linear(x, weight, bias))
 
     def gated_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor
     ) -> torch.Tensor:
-        if x.shape[0] > MAX_SKINNY_ROWS:
-            return silu_mul_triton(F.linear(x, weight, bias))
-        return self._skinny(x, weight, bias, gated=True)
+        if x.shape[0] <= MAX_SKINNY_ROWS:
+            return self._skinny(x, weight, bias, norm, None, gated=True)
+        return silu_mul_triton(F.linear(self._normed(x, norm), weight, bias))
 
     def _skinny(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        gated: bool,
     ) -> torch.Tensor:
+        if norm is not None and x.dtype is torch.float16:  # x times the norm's weight may overflow
+            x, norm = self._normed(x, norm), None
         resources = self._resources
         return skinny_matmul_triton(
             x,
             weight,
             bias,
+            norm=norm,
+            eps=self._eps,
             gated=gated,
+            residual=residual,
+            out=residual,
             workspace=resources.skinny_workspace,
             tiles=resources.skinny_tiles(x.shape[0], weight.shape, gated),
         )
+
+    def _normed(self, x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        return rms_norm_triton(x, norm, self._eps, launch_early=self._resources.launch_early)
 
     def attend(
         self,

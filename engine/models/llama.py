@@ -51,22 +51,30 @@ class LlamaModel:
 
     def forward(self, kernels: StepKernels) -> torch.Tensor:
         """Return the logits of the sampled positions, [S, vocab_size], in the weights' dtype."""
-        all_reduce = self._parallel.all_reduce
-        residual = kernels.embed(self._embedding)
-        x = kernels.rms_norm(residual, self._layers[0].input_norm)
+        stream = kernels.embed(self._embedding)
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
-            qkv = kernels.linear(x, layer.qkv, layer.qkv_bias)
+            qkv = kernels.linear(stream, layer.qkv, layer.qkv_bias, norm=layer.input_norm)
             x = kernels.attend(qkv, number, layer.q_norm, layer.k_norm)
-            x = all_reduce(kernels.linear(x, layer.o, layer.o_bias))
             if number == last:  # only the sampled tokens matter from here on
-                x, residual = kernels.take_sampled(x), kernels.take_sampled(residual)
-            x = kernels.add_rms_norm(x, residual, layer.post_norm)
-            x = kernels.gated_linear(x, layer.gate_up, layer.gate_up_bias)
-            x = all_reduce(kernels.linear(x, layer.down, layer.down_bias))
-            norm = self._final_norm if number == last else self._layers[number + 1].input_norm
-            x = kernels.add_rms_norm(x, residual, norm)
-        return kernels.linear(x, self._head, None)
+                x, stream = kernels.take_sampled(x), kernels.take_sampled(stream)
+            stream = self._add(kernels, stream, x, layer.o, layer.o_bias)
+            x = kernels.gated_linear(stream, layer.gate_up, layer.gate_up_bias, layer.post_norm)
+            stream = self._add(kernels, stream, x, layer.down, layer.down_bias)
+        return kernels.linear(stream, self._head, None, norm=self._final_norm)
+
+    def _add(
+        self,
+        kernels: StepKernels,
+        stream: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Add a product, of which each rank has a part, to the residual stream."""
+        if self._parallel.size == 1:
+            return kernels.linear(x, weight, bias, residual=stream)
+        return stream.add_(self._parallel.all_reduce(kernels.linear(x, weight, bias)))
 
 
 def _layer_weights(weights: Mapping[str, torch.Tensor], number: int) -> LayerWeights:

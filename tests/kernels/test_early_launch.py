@@ -10,13 +10,9 @@ import torch
 from triton_device import device
 
 from paceline.kernels.decode_attention_triton import DecodeTiles, decode_attention_triton
-from paceline.kernels.rms_norm_triton import add_rms_norm_triton
 from paceline.kernels.rope_kv_write_triton import rope_cos_sin, rope_kv_write_triton
-from paceline.kernels.skinny_matmul_triton import (
-    SkinnyTiles,
-    SkinnyWorkspace,
-    skinny_matmul_triton,
-)
+from paceline.kernels.skinny_matmul_triton import skinny_matmul_triton
+from paceline.kernels.skinny_tiles import SkinnyTiles, SkinnyWorkspace
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,24 +50,37 @@ class Chain:
         self.rows = torch.arange(num_rows, dtype=torch.int32, device="cuda")
         frequencies = 1.0 / 10_000 ** (torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM)
         self.cos_sin = rope_cos_sin(CONTEXT, frequencies, 1.0)
-        self.workspace = SkinnyWorkspace.allocate(4 * num_rows * 2 * INNER, 512, "cuda")
+        self.workspace = SkinnyWorkspace.allocate(4 * num_rows * 3 * INNER, 512, "cuda")
         self.attention_workspace = torch.empty(1 << 22, dtype=torch.float32, device="cuda")
 
-    def product(
-        self, x: torch.Tensor, weight: torch.Tensor, early: bool, prefetch: int, gated: bool = False
-    ) -> torch.Tensor:
-        tiles = SkinnyTiles(
-            max(16, self.num_rows), 64, 64, 1 if gated else 2, num_stages=3, weight_first=True
-        )
-        if early:
-            tiles = dataclasses.replace(tiles, launch_early=True, prefetch=prefetch)
-        return skinny_matmul_triton(x, weight, gated=gated, workspace=self.workspace, tiles=tiles)
-
     def run(self, x: torch.Tensor, early: bool, prefetch: int) -> torch.Tensor:
-        residual, x = x.clone(), x * 0
+        def product(
+            x: torch.Tensor,
+            weight: torch.Tensor,
+            norm: torch.Tensor | None = None,
+            residual: torch.Tensor | None = None,
+            gated: bool = False,
+        ) -> torch.Tensor:
+            tiles = SkinnyTiles(
+                max(16, self.num_rows), 64, 64, 1 if gated else 2, num_stages=3, weight_first=True
+            )
+            if early:
+                tiles = dataclasses.replace(tiles, launch_early=True, prefetch=prefetch)
+            return skinny_matmul_triton(
+                x,
+                weight,
+                norm=norm,
+                eps=1e-5,
+                gated=gated,
+                residual=residual,
+                out=residual,
+                workspace=self.workspace,
+                tiles=tiles,
+            )
+
+        stream = x.clone()
         for layer in range(NUM_LAYERS):
-            x = add_rms_norm_triton(x, residual, self.norm, 1e-5, launch_early=early)
-            qkv = self.product(x, self.qkv[layer], early, prefetch)
+            qkv = product(stream, self.qkv[layer], norm=self.norm)
             q = rope_kv_write_triton(
                 qkv,
                 self.cos_sin,
@@ -94,11 +103,10 @@ class Chain:
                 workspace=self.attention_workspace,
                 launch_early=early,
             ).view(self.num_rows, -1)
-            x = self.product(x, self.o[layer], early, prefetch)
-            x = add_rms_norm_triton(x, residual, self.norm, 1e-5, launch_early=early)
-            x = self.product(x, self.gate_up[layer], early, prefetch, gated=True)
-            x = self.product(x, self.down[layer], early, prefetch)
-        return residual + x
+            product(x, self.o[layer], residual=stream)
+            x = product(stream, self.gate_up[layer], norm=self.norm, gated=True)
+            product(x, self.down[layer], residual=stream)
+        return stream
 
 
 @pytest.mark.parametrize("prefetch", [0, 64, 256])

@@ -24,7 +24,7 @@ from paceline.engine.weights import load_weights
 from paceline.kernels.rms_norm_triton import choose_tile as choose_rms_tile
 from paceline.kernels.rope_kv_write_triton import choose_tile as choose_rope_tile
 from paceline.kernels.silu_mul_triton import choose_tile as choose_silu_tile
-from paceline.kernels.skinny_matmul_triton import choose_tiles as choose_skinny_tiles
+from paceline.kernels.skinny_tiles import choose_tiles as choose_skinny_tiles
 from paceline.kv_layout import attention_layout
 
 
