@@ -13,6 +13,7 @@ from rich.progress import Progress
 from paceline.bench.client import LoadClient
 from paceline.bench.environment import write_result
 from paceline.bench.load import (
+    TRACES,
     PlannedRequest,
     Vocabulary,
     fixed_lengths,
@@ -24,7 +25,7 @@ from paceline.bench.record import Limits, RequestRecord, summarize
 from paceline.bench.report import result_document, summary_table
 from paceline.errors import ConfigError
 
-DEFAULT_TRACE = Path(__file__).parent / "traces" / "azure-conversation-2023-excerpt.jsonl"
+DEFAULT_TRACE = TRACES["azure-conversation"]
 
 
 class LoadKind(StrEnum):

@@ -1,129 +1,157 @@
 """Compare the engine with another one, offline: `python -m paceline.bench.compare --peer vllm`.
 
-The same prompts, all at once, greedy and of fixed lengths, on the same device: each side in a
-process of its own, in turn (A B A B ...), after a run with other prompts that warms it up. No
-router and no gRPC on either side. `paceline.bench.against_transformers` compares a deployment.
+The same requests, greedy and with outputs of given lengths, on the same device: each side in a
+process of its own, in turn (A B A B ...), which loads it once, warms it up with a short run of each
+load and then measures all loads. No router and no gRPC on either side.
+`paceline.bench.against_transformers` compares a deployment.
 """
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from paceline.bench.compared_figures import load_figures, median_figures, ratio_figures
+from paceline.bench.compared_loads import PlannedLoad, plan_loads
 from paceline.bench.environment import write_result
 from paceline.bench.llm_shapes import SHAPES, model_folder
-from paceline.bench.load import Vocabulary, fixed_lengths
-from paceline.bench.record import Limits, RequestRecord, summarize
+from paceline.bench.load import TRACES, Vocabulary
+from paceline.bench.side_process import run_to_end
 from paceline.bench.sides import SIDES, SideOptions
 from paceline.engine.model_config import read_model_config
-
-SIDE_TIMEOUT_S = 3600.0
-DISTRIBUTIONS = ("ttft", "tpot", "itl", "e2e")
-PRINTED_LINES = 30
-"""Of what a side that failed said last."""
+from paceline.errors import ConfigError
 
 
-def run_side(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Load the side named by --side, warm it up and measure it, in this process."""
+def run_side(options: argparse.Namespace, loads: Sequence[PlannedLoad], folder: Path) -> None:
+    """Load the side named by --side, warm it up and measure it, in this process.
+
+    Writes what there is after each load, so that nothing measured is lost by a later failure.
+    """
     started = time.perf_counter()
-    side = SIDES[options.side](side_options(options, folder))
+    side = SIDES[options.side](side_options(options, loads, folder))
     loaded = time.perf_counter()
-    vocabulary = Vocabulary(read_model_config(folder).vocab_size, frozenset())
-    records: list[RequestRecord] = []
-    for seed in (options.seed + 1, options.seed):  # the first one warms up
-        planned = fixed_lengths(
-            options.requests, options.input, options.output_tokens, vocabulary, seed
-        )
-        records = side.generate([request.prompt for request in planned], options.output_tokens)
-    check_complete(records, options)
-    summary = summarize(records, Limits())
-    return {
+    for load in loads:
+        side.generate(load.warm_up())
+    found = {
         **side.describe(),
         "load_s": loaded - started,
+        "warm_up_s": time.perf_counter() - loaded,
         "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
-        "duration_s": summary.duration_s,
-        "output_tokens_per_s": summary.output_tokens_per_s,
-        "num_resumed": summary.num_resumed,
-        **{
-            name: asdict(found)
-            for name in DISTRIBUTIONS
-            if (found := summary.distributions[name]) is not None
-        },
+        "loads": {},
     }
+    sys.stderr.write(f"{options.side}: ready after {time.perf_counter() - started:.0f} s\n")
+    for load in loads:
+        figures = load_figures(load, side.generate(load.requests))
+        found["loads"][load.name] = figures
+        unfinished = options.output.with_suffix(".part")
+        unfinished.write_text(json.dumps(found))
+        unfinished.replace(options.output)
+        say(options.side, load, figures)
 
 
-def check_complete(records: Sequence[RequestRecord], options: argparse.Namespace) -> None:
-    """Raise RuntimeError unless every request got all its tokens."""
-    failed = [record.error for record in records if record.error]
-    short = [r.num_output_tokens for r in records if r.num_output_tokens != options.output_tokens]
-    if failed or short or len(records) != options.requests:
-        raise RuntimeError(
-            f"{options.side} answered {len(records)} of {options.requests} requests, "
-            f"{len(failed)} failed ({failed[:1]}), {len(short)} have not {options.output_tokens} "
-            f"tokens ({short[:5]})"
-        )
+def say(side: str, load: PlannedLoad, figures: dict[str, Any]) -> None:
+    """Tell at once, in case that a later load fails."""
+    parts = [
+        f"{figures['output_tokens_per_s']:,.0f} output tokens/s",
+        f"{figures['requests_per_s']:.2f} requests/s",
+        f"TTFT p50 {1e3 * figures['ttft']['p50']:,.1f} ms",
+    ]
+    if "decode_step_s" in figures:
+        parts.append(f"decode step {1e3 * figures['decode_step_s']:.2f} ms")
+    if load.num_left_out:
+        parts.append(f"{load.num_left_out} requests left out, longer than --max-model-len")
+    sys.stderr.write(f"{side}, {load.name}: {', '.join(parts)}\n")
+    sys.stderr.flush()
 
 
-def side_options(options: argparse.Namespace, folder: Path) -> SideOptions:
-    """Size every side for exactly this load."""
+def side_options(
+    options: argparse.Namespace, loads: Sequence[PlannedLoad], folder: Path
+) -> SideOptions:
+    """Size every side for exactly these loads."""
     return SideOptions(
         folder=folder,
         device=options.device,
         dtype=options.dtype,
-        max_model_len=options.max_model_len or options.input + options.output_tokens + 1,
-        max_num_seqs=min(options.requests, options.max_num_seqs),
+        max_model_len=options.max_model_len or max(load.max_tokens for load in loads),
+        max_num_seqs=min(max(len(load.requests) for load in loads), options.max_num_seqs),
         max_num_batched_tokens=options.max_num_batched_tokens,
         gpu_memory_utilization=options.gpu_memory_utilization,
         num_kv_blocks=options.num_kv_blocks,
     )
 
 
-def run_in_process_of_its_own(side: str, arguments: Sequence[str], written: Path) -> dict[str, Any]:
-    """Run a side as a child with the same arguments, so that it leaves no memory behind."""
-    output = written / "side.json"
-    command = [sys.executable, "-m", "paceline.bench.compare", *arguments]
-    done = subprocess.run(
-        [*command, "--side", side, "--output", str(output)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=SIDE_TIMEOUT_S,
-        check=False,
-    )
-    if done.returncode:
-        said = "\n".join(done.stdout.splitlines()[-PRINTED_LINES:])
-        raise RuntimeError(f"{side} ended with status {done.returncode}: {said}")
-    found: dict[str, Any] = json.loads(output.read_text())
-    return found
+def compare(
+    options: argparse.Namespace,
+    arguments: Sequence[str],
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Run the sides in turn, each as a child with the same arguments, so that it leaves no memory
+    behind. Calls `keep` with what there is after each.
+    """
+    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in options.sides}
+    failures: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
+    for number in range(1, options.rounds + 1):
+        for side in options.sides:
+            with tempfile.TemporaryDirectory() as written:
+                output = Path(written) / "side.json"
+                command = [sys.executable, "-m", "paceline.bench.compare", *arguments]
+                command += ["--side", side, "--output", str(output)]
+                ended = run_to_end(command, options.side_timeout)
+                if output.exists():
+                    rounds[side].append(json.loads(output.read_text()))
+            if ended.status != 0:
+                how = f"ended with status {ended.status}"
+                if ended.status is None:
+                    how = f"was not done after {options.side_timeout:g} s (--side-timeout)"
+                sys.stderr.write(f"{side}, round {number}: {how}. Its last lines:\n")
+                sys.stderr.write(ended.last_lines)
+                failures.append(
+                    {"side": side, "round": number, "how": how, "last_lines": ended.last_lines}
+                )
+            result = summary(rounds, failures)
+            keep(result)
+    return result
 
 
-def compare(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run both sides in turn."""
-    rounds: dict[str, list[dict[str, Any]]] = {"paceline": [], options.peer: []}
-    with tempfile.TemporaryDirectory() as written:
-        for _ in range(options.rounds):
-            for side, results in rounds.items():
-                found = run_in_process_of_its_own(side, arguments, Path(written))
-                results.append(found)
-                sys.stderr.write(f"{side}: {found['output_tokens_per_s']:,.0f} output tokens/s\n")
-    rates = {
-        side: statistics.median(found["output_tokens_per_s"] for found in results)
-        for side, results in rounds.items()
-    }
+def summary(
+    rounds: dict[str, list[dict[str, Any]]], failures: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Add medians over the rounds, and of these the ratios: the first side's over the other's."""
+    medians: dict[str, dict[str, Any]] = {}
+    for side, found in rounds.items():
+        names = dict.fromkeys(name for one in found for name in one["loads"])
+        medians[side] = {
+            name: median_figures([one["loads"][name] for one in found if name in one["loads"]])
+            for name in names
+        }
+    ratios = {}
+    if len(medians) == 2:
+        ours, theirs = medians.values()
+        ratios = {name: ratio_figures(ours[name], theirs[name]) for name in ours if name in theirs}
     return {
-        "output_tokens_per_s": rates,
-        "ratio": rates["paceline"] / rates[options.peer],
+        "gpu": next((one["gpu"] for found in rounds.values() for one in found), None),
+        "medians": medians,
+        "ratios": ratios,
+        "failures": failures,
         "rounds": rounds,
     }
+
+
+def parse_sides(text: str, peer: str) -> list[str]:
+    """Read paceline,vllm: one of the two, or both."""
+    sides = text.split(",")
+    if len(set(sides)) < len(sides) or not set(sides) <= {"paceline", peer}:
+        raise ConfigError(
+            f"--sides is {text!r}, and must be paceline, {peer} (the --peer), or both with a comma."
+        )
+    return sides
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -131,34 +159,53 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="llama-3-8b", help=f"{', '.join(SHAPES)}, or a folder with config.json")
     add("--peer", choices=[side for side in SIDES if side != "paceline"], default="transformers")
+    add("--sides", help="which to run; default: paceline and the peer")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--dtype", default="bfloat16")
-    add("--requests", type=int, default=32)
-    add("--input", type=int, default=1024, help="tokens of a prompt")
-    add("--output-tokens", type=int, default=128)
+    add("--loads", default="32x1024+128", help="REQUESTSxINPUT+OUTPUT,...: tokens, all at once")
+    add(
+        "--trace",
+        default="",
+        help=f"TRACE:REQUESTS[@RATE],...: the first ones of {', '.join(TRACES)} or a file like "
+        "those in bench/traces, at a mean rate a second; without it all at once",
+    )
     add("--rounds", type=int, default=1, help="of both sides in turn")
     add("--seed", type=int, default=0, help="of the prompts")
-    add("--max-model-len", type=int, help="default: what the load needs")
-    add("--max-num-seqs", type=int, default=256, help="of paceline, at most --requests")
+    add("--max-model-len", type=int, help="longer ones of a trace are left out; default: none is")
+    add("--max-num-seqs", type=int, default=256, help="of paceline, at most the requests of a load")
     add("--max-num-batched-tokens", type=int, default=8192, help="of paceline")
     add("--num-kv-blocks", type=int, help="default: what the memory holds")
     add("--gpu-memory-utilization", type=float, default=0.9)
+    add("--side-timeout", type=float, default=1800.0, help="seconds for a side in a round")
     add("--side", choices=SIDES, help=argparse.SUPPRESS)
-    add("--output", type=Path, help="file to write; default: standard output")
+    add("--output", type=Path, help="file to write, after each side; default: standard output")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = make_parser().parse_args(arguments)
-    if options.side is not None:
-        with tempfile.TemporaryDirectory() as written:
-            result = run_side(options, model_folder(options.model, Path(written)))
-        options.output.write_text(json.dumps(result))
-        return
-    result = compare(options, arguments)
+    options.sides = parse_sides(options.sides or f"paceline,{options.peer}", options.peer)
+    with tempfile.TemporaryDirectory() as written:
+        folder = model_folder(options.model, Path(written))
+        vocabulary = Vocabulary(read_model_config(folder).vocab_size, frozenset())
+        loads = plan_loads(
+            options.loads, options.trace, vocabulary, options.max_model_len, options.seed
+        )  # here too, so that what cannot be had is said before a side starts
+        if options.side is not None:
+            run_side(options, loads, folder)
+            return
     config = {key: value for key, value in vars(options).items() if key not in ("output", "side")}
-    write_result(options.output, "compare", config, result)
+
+    def keep(result: dict[str, Any]) -> None:
+        if options.output is not None:
+            write_result(options.output, "compare", config, result)
+
+    result = compare(options, arguments, keep)
+    if options.output is None:
+        write_result(None, "compare", config, result)
+    if result["failures"]:
+        raise SystemExit(f"{len(result['failures'])} of the sides' runs failed.")
 
 
 if __name__ == "__main__":

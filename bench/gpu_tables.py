@@ -1,7 +1,6 @@
 """Tables in Markdown from the results of the GPU's benchmarks. Figures come from there alone."""
 
 import json
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +65,37 @@ def _decode_table(document: Document) -> str:
             row("launch on the CPU, µs", lambda point: f"{point['launch_p50_us']:.0f}"),
         ],
     )
+
+
+def sampling_section(engines: Sequence[Document]) -> str:
+    """What sampling adds to decode steps."""
+    rows = [
+        [
+            document.config["model"],
+            point_name(point),
+            logits,
+            f"{found['step_ms']:.2f}",
+            f"{found['sampled_step_ms']:.2f}",
+            f"{found['sampled_step_ms'] / found['step_ms'] - 1:+.1%}",
+            *(_number(found.get(name), ",.0f") for name in ("greedy_sampling_us", "sampling_us")),
+            _number(found.get("sampling_share"), ".1%"),
+        ]
+        for document in engines
+        for point, cases in document.result.get("sampled", {}).items()
+        for logits, found in cases.items()
+    ]
+    head = [
+        "model",
+        "batch × context",
+        "logits",
+        "step, greedy, ms",
+        "step, sampled, ms",
+        "difference",
+        "sampling greedily, µs",
+        "sampling, µs",
+        "share of a sampled step",
+    ]
+    return table(head, rows) if rows else ""
 
 
 def prefill_section(engines: Sequence[Document]) -> str:
@@ -193,34 +223,6 @@ def memory_section(engines: Sequence[Document]) -> str:
     return table(head, rows) if rows else ""
 
 
-def compare_section(comparisons: Sequence[Document]) -> str:
-    """The engine beside others."""
-    blocks = []
-    for document in comparisons:
-        config, result = document.config, document.result
-        rows = [
-            [
-                " ".join(filter(None, (side, rounds[0].get("version", "")))),
-                f"{result['output_tokens_per_s'][side]:,.0f}",
-                *(
-                    _median_ms(rounds, name, share)
-                    for name in ("ttft", "tpot")
-                    for share in ("p50", "p99")
-                ),
-            ]
-            for side, rounds in result["rounds"].items()
-        ]
-        head = ["", "output tokens/s", "TTFT p50, ms", "p99", "TPOT p50, ms", "p99"]
-        load = (
-            f"{config['requests']} requests at once, {config['input']} tokens in and "
-            f"{config['output_tokens']} out, medians of {config['rounds']} rounds"
-        )
-        gpu = result["rounds"]["paceline"][0]["gpu"] or "CPU"
-        link = f"[JSON](../bench/results/{document.name})"
-        blocks.append(f"{config['model']} on {gpu}, {load} ({link}):\n\n{table(head, rows)}")
-    return "\n\n".join(blocks)
-
-
 def _rates_text(document: Document) -> str:
     rates = document.result["rates"]
     if rates is None:
@@ -238,11 +240,6 @@ def point_name(point: str) -> str:
 
 def tokens_text(count: int) -> str:
     return f"{count // 1024}K" if count % 1024 == 0 else f"{count}"
-
-
-def _median_ms(rounds: Sequence[dict[str, Any]], name: str, share: str) -> str:
-    values = [found[name][share] for found in rounds if name in found]
-    return f"{1e3 * statistics.median(values):,.1f}" if values else "–"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 from paceline.errors import ConfigError
 
+TRACES = {
+    "azure-conversation": Path(__file__).parent / "traces" / "azure-conversation-2023-excerpt.jsonl"
+}
+"""Files that come with the bench, by name."""
 TRACE_BLOCK_TOKENS = 512
 """Tokens of a prompt that one of a trace's `hash_ids` stands for."""
 
@@ -61,6 +65,21 @@ def poisson_arrivals(
         planned.append(PlannedRequest(at_s, request.prompt, request.max_tokens))
         at_s += random.expovariate(rate_per_s)
     return planned
+
+
+def at_mean_rate(requests: Sequence[PlannedRequest], rate_per_s: float) -> list[PlannedRequest]:
+    """Stretch the gaps between arrivals, the first of them now, until their mean is 1 / rate.
+
+    Takes requests in the order of their arrival. Raises ConfigError if all arrive at once.
+    """
+    first_s, last_s = requests[0].at_s, requests[-1].at_s
+    if first_s == last_s:
+        raise ConfigError(
+            f"{len(requests)} requests that arrive at once have no gaps to scale to a rate of "
+            f"{rate_per_s} a second. Take more of the trace, or leave out the rate."
+        )
+    scale = (len(requests) - 1) / rate_per_s / (last_s - first_s)
+    return [replace(request, at_s=(request.at_s - first_s) * scale) for request in requests]
 
 
 def read_trace(

@@ -1,16 +1,19 @@
 """A colocated decode worker in this process, without router, Ray or gRPC: scheduler, step loop and
-runner as in a worker, a list of prompts in and tokens out.
+runner as in a worker, requests in at their times and tokens out.
 """
 
+import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from paceline.bench.load import PlannedRequest
 from paceline.bench.record import RequestRecord
 from paceline.decode_worker.core import DecodeCore
 from paceline.decode_worker.scheduler import DecodeScheduler
@@ -43,7 +46,7 @@ class Generation:
 
 
 class OfflineEngine:
-    """Generates for many prompts at once. Implements `RouterPort` for the one router there is."""
+    """Generates for many requests together. Implements `RouterPort` for the one router there is."""
 
     def __init__(self, engine: LoadedEngine, settings: DecodeSettings) -> None:
         """Take a loaded engine, warmed up here; `close` closes its runner."""
@@ -95,31 +98,44 @@ class OfflineEngine:
         self._steps.start()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, timeout_s: float
+        self, planned: Sequence[PlannedRequest], sampling: SamplingParams, timeout_s: float
     ) -> list[Generation]:
-        """Generate for all prompts, sent at once; results are in their order.
+        """Generate for requests in the order of their arrival, each posted when it is due.
 
-        Raises TimeoutError, RuntimeError when a request cannot be served, or what ended the engine.
+        `sampling` is of all of them, but for `max_tokens`. The calling thread sleeps between
+        arrivals. Raises TimeoutError `timeout_s` after the last arrival, RuntimeError when a
+        request cannot be served, or what ended the engine.
         """
-        now = time.time()
-        first, self._num_requests = self._num_requests, self._num_requests + len(prompts)
+        first, self._num_requests = self._num_requests, self._num_requests + len(planned)
+        prompts = [np.array(request.prompt, dtype=np.int32) for request in planned]
+        start_s = time.time()
         generations = [
             Generation(
-                np.array(prompt, dtype=np.int32),
-                sampling,
-                RequestRecord(str(number), len(prompt), sampling.max_tokens or 0, now, now),
+                prompt,
+                replace(sampling, max_tokens=request.max_tokens),
+                RequestRecord.due(request, str(number), start_s),
             )
-            for number, prompt in enumerate(prompts, start=first)
+            for number, (request, prompt) in enumerate(zip(planned, prompts, strict=True), first)
         ]
         self._ended.clear()
-        self._mailbox.post(lambda now: self._take(generations, now))
+        self._num_open = len(generations)  # the engine thread has nothing of ours yet
+        self._post_when_due(generations)
         if not self._ended.wait(timeout_s):
             raise TimeoutError(
-                f"{self._num_open} of {len(prompts)} requests run after {timeout_s} s"
+                f"{self._num_open} of {len(planned)} requests run {timeout_s} s after the last one "
+                "was sent"
             )
         if self._error is not None:
             raise self._error
         return generations
+
+    def _post_when_due(self, generations: Sequence[Generation]) -> None:
+        """Post all, those that are due together by one call; return early if the engine fails."""
+        for due_s, group in itertools.groupby(generations, lambda found: found.record.scheduled_s):
+            delay_s = due_s - time.time()
+            if delay_s > 0 and self._ended.wait(delay_s):
+                return
+            self._mailbox.post(partial(self._take, list(group)))
 
     def close(self) -> None:
         """Stop the engine's thread and free what the runner holds."""
@@ -129,7 +145,6 @@ class OfflineEngine:
     # On the engine thread.
 
     def _take(self, generations: Sequence[Generation], now: float) -> None:
-        self._num_open = len(generations)
         self._waiting.extend(generations)
         self._dispatch(now)
 

@@ -3,7 +3,9 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
+from paceline.bench.load import PlannedRequest
 from paceline.request import PhaseTimes, Span
 
 
@@ -26,6 +28,15 @@ class RequestRecord:
     resumed: int = 0
     phases: PhaseTimes = field(default_factory=PhaseTimes)
     timeline: list[Span] = field(default_factory=list)
+
+    @classmethod
+    def due(cls, planned: PlannedRequest, request_id: str, start_s: float) -> Self:
+        """Begin the record of a request of a load that starts at `start_s`.
+
+        It counts as sent when it was due: what a busy engine takes to accept it is in its TTFT.
+        """
+        due_s = start_s + planned.at_s
+        return cls(request_id, len(planned.prompt), planned.max_tokens, due_s, due_s)
 
     @property
     def num_output_tokens(self) -> int:

@@ -9,17 +9,18 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from paceline.bench.compare_table import compare_section
 from paceline.bench.gpu_rates import Rates
 from paceline.bench.gpu_tables import (
     Document,
     busy_section,
-    compare_section,
     decode_section,
     kernels_section,
     memory_section,
     point_name,
     prefill_section,
     read_documents,
+    sampling_section,
     start_up_section,
     tokens_text,
 )
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     engines = read_documents(options.results, "engine")
     sections = {
         "decode": decode_section(engines),
+        "sampling": sampling_section(engines),
         "prefill": prefill_section(engines),
         "kernels": kernels_section(engines),
         "busy": busy_section(engines),

@@ -1,4 +1,4 @@
-"""Engines that `bench.compare` compares, each made to generate for a list of prompts at once.
+"""Engines that `bench.compare` compares, each made to generate for requests with times of arrival.
 
 Every side is greedy, ignores ends of sequences, has random weights of the same shape, and runs in a
 process of its own. What a side does not let be set stays at its own default.
@@ -8,6 +8,7 @@ import importlib
 import itertools
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,12 @@ from typing import Any, Protocol
 
 import torch
 
+from paceline.bench.load import PlannedRequest
 from paceline.bench.record import RequestRecord
 
 TIMEOUT_S = 1800.0
+RESULT_TIMEOUT_S = 1.0
+"""How often to look whether transformers still runs."""
 BLOCK_TOKENS = 16
 TRANSFORMERS_BLOCK_TOKENS = 256
 """Its default."""
@@ -45,8 +49,12 @@ class Side(Protocol):
     def describe(self) -> dict[str, Any]:
         """Say what a reader of the result wants to know beside the environment."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[RequestRecord]:
-        """Generate for all prompts at once; moments of a record are of any one clock."""
+    def generate(self, planned: Sequence[PlannedRequest]) -> list[RequestRecord]:
+        """Generate for requests in the order of their arrival, each sent when it is due.
+
+        Records are in the same order. Their moments are of any one clock, a token's when it was
+        known on the CPU.
+        """
 
 
 class Paceline:
@@ -82,11 +90,11 @@ class Paceline:
     def describe(self) -> dict[str, Any]:
         return {"start_up": self._start_up.steps}
 
-    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[RequestRecord]:
+    def generate(self, planned: Sequence[PlannedRequest]) -> list[RequestRecord]:
         from paceline.sampling_params import SamplingParams
 
-        sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, seed=0)
-        return [found.record for found in self._engine.generate(prompts, sampling, TIMEOUT_S)]
+        sampling = SamplingParams(temperature=0.0, ignore_eos=True, seed=0)
+        return [found.record for found in self._engine.generate(planned, sampling, TIMEOUT_S)]
 
 
 class Transformers:
@@ -107,6 +115,12 @@ class Transformers:
             num_tokens = options.num_kv_blocks * BLOCK_TOKENS
             self._batching.num_blocks = -(-num_tokens // TRANSFORMERS_BLOCK_TOKENS)
             self._batching.max_batch_tokens = options.max_num_batched_tokens
+        # `generate_batch` hints so too, but cannot send a request later, or one of another length.
+        hints: Any = importlib.import_module("transformers.generation.continuous_batching.utils")
+        self._hints = hints.WorkloadHints(
+            max_prompt_length=options.max_model_len, num_requests=options.max_num_seqs
+        )
+        self._numbers = itertools.count()
 
     def describe(self) -> dict[str, Any]:
         import transformers
@@ -116,32 +130,44 @@ class Transformers:
             "attention": self._model.config._attn_implementation,
         }
 
-    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[RequestRecord]:
+    def generate(self, planned: Sequence[PlannedRequest]) -> list[RequestRecord]:
         import transformers
 
         make_config: Any = transformers.GenerationConfig
-        found = self._model.generate_batch(
-            [list(prompt) for prompt in prompts],
-            generation_config=make_config(
-                max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1
-            ),
+        names = [str(next(self._numbers)) for _ in planned]
+        with self._model.continuous_batching_context_manager(
+            generation_config=make_config(do_sample=False, eos_token_id=-1),
             continuous_batching_config=self._batching,
-            record_timestamps=True,
             persistent_manager=True,
-        )
-        return [
-            RequestRecord(
-                request_id=output.request_id,
-                prompt_tokens=len(output.prompt_ids),
-                max_tokens=num_tokens,
-                scheduled_s=output.created_time,
-                sent_s=output.created_time,
-                token_times_s=list(output.timestamps),
-                ended_s=output.timestamps[-1] if output.timestamps else 0.0,
-                error=output.error or "",
-            )
-            for output in found.values()
-        ]
+            workload_hints=self._hints,
+        ) as manager:
+            start_s = time.perf_counter()  # its clock
+            records = {
+                name: RequestRecord.due(request, name, start_s)
+                for name, request in zip(names, planned, strict=True)
+            }
+            for request, record in zip(planned, records.values(), strict=True):
+                time.sleep(max(record.scheduled_s - time.perf_counter(), 0.0))
+                manager.add_request(
+                    list(request.prompt),
+                    record.request_id,
+                    max_new_tokens=request.max_tokens,
+                    record_timestamps=True,
+                    eos_token_id=-1,
+                )
+            num_open = len(planned)
+            while num_open:
+                output = manager.get_result(timeout=RESULT_TIMEOUT_S)
+                if output is None and not manager.is_running():
+                    break  # what is missing is an error of the records
+                if output is None or not output.is_finished():
+                    continue
+                num_open -= 1
+                record = records[output.request_id]
+                record.token_times_s = list(output.timestamps)
+                record.ended_s = record.token_times_s[-1] if record.token_times_s else start_s
+                record.error = output.error or ""
+        return list(records.values())
 
 
 class Vllm:
@@ -165,31 +191,52 @@ class Vllm:
         self._numbers = itertools.count()
 
     def describe(self) -> dict[str, Any]:
-        return {"version": self._vllm.__version__}
+        config = self._llm.llm_engine.vllm_config
+        return {
+            "version": self._vllm.__version__,
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+            "async_scheduling": config.scheduler_config.async_scheduling,
+            "num_kv_blocks": config.cache_config.num_gpu_blocks,
+        }
 
-    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[RequestRecord]:
+    def generate(self, planned: Sequence[PlannedRequest]) -> list[RequestRecord]:
         engine = self._llm.llm_engine
-        sampling = self._vllm.SamplingParams(
-            temperature=0.0,
-            max_tokens=num_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
-        )
-        sent = time.time()
-        records: dict[str, RequestRecord] = {}
-        for prompt in prompts:
-            name = str(next(self._numbers))
-            records[name] = RequestRecord(name, len(prompt), num_tokens, sent, sent)
-            engine.add_request(name, {"prompt_token_ids": list(prompt)}, sampling)
-        while engine.has_unfinished_requests():
-            outputs = engine.step()
+        arguments = [
+            ({"prompt_token_ids": list(request.prompt)}, self._sampling(request.max_tokens))
+            for request in planned
+        ]
+        names = [str(next(self._numbers)) for _ in planned]
+        start_s = time.time()
+        records = {
+            name: RequestRecord.due(request, name, start_s)
+            for name, request in zip(names, planned, strict=True)
+        }
+        coming = deque(zip(records.values(), arguments, strict=True))
+        while coming or engine.has_unfinished_requests():
+            now = time.time()
+            while coming and coming[0][0].scheduled_s <= now:
+                record, (prompt, sampling) = coming.popleft()
+                engine.add_request(record.request_id, prompt, sampling)
+            if coming and not engine.has_unfinished_requests():
+                time.sleep(max(coming[0][0].scheduled_s - time.time(), 0.0))
+                continue
+            outputs = engine.step()  # none after the first launch, when a step overlaps the next
             now = time.time()
             for output in outputs:
                 record = records[output.request_id]
                 record.token_times_s += [now] * len(output.outputs[0].token_ids)
                 record.ended_s = now
         return list(records.values())
+
+    def _sampling(self, max_tokens: int) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
+        )
 
 
 SIDES: dict[str, Callable[[SideOptions], Side]] = {

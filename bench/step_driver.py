@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +54,16 @@ class StepDriver:
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize(self._engine.device)
 
+    @contextmanager
+    def scaled_logits(self, factor: float) -> Iterator[None]:
+        """Multiply all logits meanwhile, in the last norm's weights, which are 1 if random."""
+        runner: Any = self._engine.runner  # its weights are nobody else's business
+        runner._model._final_norm.mul_(factor)
+        try:
+            yield
+        finally:
+            runner._model._final_norm.div_(factor)
+
     def run(self, plans: Iterator[StepPlan], num_steps: int) -> StepTimes:
         """Run the next plans to their end. The first step's time starts with its launch."""
         launches: list[float] = []
@@ -72,12 +84,19 @@ class StepDriver:
         return StepTimes(np.diff(moments).tolist(), launches)
 
     def decode_plans(
-        self, batch: int, context: int, *, warm_up: int, num_steps: int
+        self,
+        batch: int,
+        context: int,
+        *,
+        warm_up: int,
+        num_steps: int,
+        sampling: SamplingParams = GREEDY,
     ) -> Iterator[StepPlan]:
         """Plan warm_up and then num_steps decode steps of sequences whose KV is there: `context`
         tokens in the middle of the latter.
 
-        Sequences reach the ends of their blocks at different steps, as they do while serving.
+        `sampling` is of every sequence, each with a seed of its own. They reach the ends of their
+        blocks at different steps, as they do while serving.
         """
         size = self._block_tokens
         spread = np.arange(batch) * size // batch
@@ -97,7 +116,8 @@ class StepDriver:
             if step == 0:
                 for slot in range(batch):
                     prompt = self._random_tokens(int(starts[slot]))
-                    builder.start_slot(SlotStart(slot, GREEDY, 0, prompt, EMPTY))
+                    seeded = replace(sampling, seed=slot)
+                    builder.start_slot(SlotStart(slot, seeded, 0, prompt, EMPTY))
                     builder.set_blocks(slot, 0, [next(blocks) for _ in range(num_blocks[slot])])
             for slot in np.flatnonzero(starts == num_blocks * size).tolist():
                 builder.set_blocks(slot, int(num_blocks[slot]), (next(blocks),))

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from paceline.bench.engine import Point, main, parse_counts, parse_points
+from paceline.bench.engine import main, parse_counts, parse_points
 from paceline.bench.gpu_rates import Rates
 from paceline.bench.gpu_trace import (
     DeviceEvent,
@@ -21,12 +23,14 @@ from paceline.bench.gpu_trace import (
 from paceline.bench.llm_shapes import SHAPES, model_folder
 from paceline.bench.model_costs import floor_s, num_bytes, num_flops, step_operations
 from paceline.bench.startup import StartUp
+from paceline.bench.step_benchmark import SAMPLED, SAMPLER_KERNELS, Point
 from paceline.bench.step_driver import StepDriver
 from paceline.engine.load import LoadedEngine
 from paceline.engine.model_config import ModelConfig, read_model_config
 from paceline.engine.settings import EngineSettings, ModelSettings
 from paceline.engine.step_plan import StepPlan
 from paceline.errors import CapacityError, ConfigError
+from paceline.kernels import sampling
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -224,11 +228,11 @@ def test_names_of_kernels_lose_their_arguments(name: str, short: str) -> None:
 
 
 def test_points_and_lengths_are_read_or_refused() -> None:
-    assert parse_points("1x1024,8x64") == [Point(1, 1024), Point(8, 64)]
+    assert parse_points("1x1024,8x64", "--points") == [Point(1, 1024), Point(8, 64)]
     assert parse_counts("") == []
     for wrong in ("1024", "ax1", "1x2x3"):
-        with pytest.raises(ConfigError, match="SEQUENCESxTOKENS"):
-            parse_points(wrong)
+        with pytest.raises(ConfigError, match=r"--sampled-points is .*SEQUENCESxTOKENS"):
+            parse_points(wrong, "--sampled-points")
     with pytest.raises(ConfigError, match="numbers of tokens"):
         parse_counts("1k")
 
@@ -254,6 +258,51 @@ def test_the_command_measures_on_a_cpu(tiny_folder: Path, tmp_path: Path) -> Non
     assert "over_floor" not in point
     assert result["prefill"]["100"]["num_chunks"] == 2
     assert [step["name"] for step in result["start_up"]] == ["load weights", "allocate the KV pool"]
+    assert result["sampled"] == {}
+
+
+def test_sampled_steps_are_measured_beside_greedy_ones(tiny_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "engine.json"
+    arguments = f"--model {tiny_folder} --device cpu --dtype float32 --points= --prefill="
+    arguments += (
+        f" --sampled-points 3x64 --steps 5 --warm-up 2 --num-kv-blocks 64 --output {output}"
+    )
+    main(arguments.split())
+    result = json.loads(output.read_text())["result"]
+    assert result["decode"] == result["prefill"] == {}
+    [(point, cases)] = result["sampled"].items()
+    assert point == "3x64"
+    assert list(cases) == ["flat", "between", "peaked"]
+    for found in cases.values():
+        difference_ms = found["sampled_step_ms"] - found["step_ms"]
+        assert found["difference_ms"] == pytest.approx(difference_ms)
+
+
+def test_logits_are_scaled_for_a_while(engine: LoadedEngine) -> None:
+    model: Any = engine.runner
+    norm = model._model._final_norm
+    before = norm.clone()
+    with StepDriver(engine, overlap=False).scaled_logits(4.0):
+        assert (norm == 4.0 * before).all()
+    assert (norm == before).all()
+
+
+def test_every_sampled_sequence_has_all_parameters_and_a_seed_of_its_own(
+    engine: LoadedEngine,
+) -> None:
+    driver = StepDriver(engine, overlap=True)
+    plan = next(driver.decode_plans(3, 40, warm_up=0, num_steps=2, sampling=SAMPLED))
+    samplings = [start.sampling for start in plan.slot_starts]
+    assert [found.seed for found in samplings] == [0, 1, 2]
+    assert {replace(found, seed=None) for found in samplings} == {SAMPLED}
+    assert not list(SAMPLED.violations(vocab_size=64))
+
+
+def test_the_samplers_kernels_are_named_as_they_are() -> None:
+    kernels = Path(sampling.__file__).parent
+    for name in SAMPLER_KERNELS:
+        [source] = kernels.glob(f"sampling_{name.removesuffix('_kernel')}_triton.py")
+        assert f"\ndef {name}(" in source.read_text()
 
 
 def test_lengths_beyond_the_model_are_refused(tiny_folder: Path) -> None:

@@ -15,6 +15,7 @@ from paceline.errors import ConfigError
 SECTIONS = (
     "decode",
     "roofline",
+    "sampling",
     "prefill",
     "kernels",
     "busy",
@@ -82,6 +83,18 @@ ENGINE: dict[str, Any] = {
         "gpu": "NVIDIA H200",
         "rates": {"read_bytes_per_s": 4.43e12, "matrix_flop_per_s": 687e12},
         "decode": {"1x1024": decode_point(1, 1024, 4.0), "64x1000": decode_point(64, 1000, 7.0)},
+        "sampled": {
+            "64x1024": {
+                "peaked": {
+                    "step_ms": 7.0,
+                    "sampled_step_ms": 7.14,
+                    "greedy_sampling_us": 22.0,
+                    "sampling_us": 178.5,
+                    "sampling_share": 0.025,
+                },
+                "flat": {"step_ms": 7.0, "sampled_step_ms": 7.0},
+            },
+        },
         "prefill": {
             "8192": {
                 "ms": 200.0,
@@ -101,16 +114,28 @@ ENGINE: dict[str, Any] = {
         },
     },
 }
-SIDE = {"gpu": "NVIDIA H200", "ttft": {"p50": 0.1, "p99": 0.2}, "tpot": {"p50": 0.01, "p99": 0.02}}
-COMPARE = {
-    "config": {"model": "llama-3-8b", "requests": 32, "input": 1024, "output_tokens": 128}
-    | {"rounds": 2},
+FIGURES = {
+    "output_tokens_per_s": 5000.0,
+    "requests_per_s": 39.1,
+    "ttft": {"p50": 0.1, "p99": 0.2},
+    "tpot": {"p50": 0.01, "p99": 0.02},
+    "itl": {"p50": 0.0055, "p99": 0.15},
+    "decode_step_s": 0.00542,
+}
+COMPARE: dict[str, Any] = {
+    "config": {"model": "llama-3-8b", "rounds": 2},
     "result": {
-        "output_tokens_per_s": {"paceline": 5000.0, "transformers": 1000.0},
-        "rounds": {
-            "paceline": [SIDE, SIDE],
-            "transformers": [{"gpu": "NVIDIA H200", "version": "5.17.0"}],
+        "gpu": "NVIDIA H200",
+        "medians": {
+            "paceline": {"32x1024+100": FIGURES, "azure-conversation:200@6.5": FIGURES},
+            "vllm": {
+                "32x1024+100": {"output_tokens_per_s": 4000.0},
+                "azure-conversation:200": {"output_tokens_per_s": 6.0, "num_left_out": 3.0},
+            },
         },
+        "ratios": {"32x1024+100": {"output_tokens_per_s": 1.25}},
+        "failures": [{"side": "vllm", "round": 2}],
+        "rounds": {"paceline": [{}, {}], "vllm": [{"version": "0.26.0"}]},
     },
 }
 
@@ -125,7 +150,7 @@ def render_page(folder: Path) -> str:
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     (tmp_path / "engine_llama-3-8b_h200.json").write_text(json.dumps(ENGINE))
-    (tmp_path / "compare_transformers_h200.json").write_text(json.dumps(COMPARE))
+    (tmp_path / "compare_vllm_h200.json").write_text(json.dumps(COMPARE))
     (tmp_path / "kernels_h200.json").write_text(json.dumps(KERNELS))
     marks = [f"before {n}\n<!-- begin {n} -->\nold\n<!-- end {n} -->\nafter" for n in SECTIONS]
     (tmp_path / "page.md").write_text("\n".join(marks))
@@ -148,8 +173,6 @@ def test_tables_show_the_results(results: Path) -> None:
         "| llama-3-8b | 1 × 1K | 4.00 | 4.10 | 4.00 | 100.0% | 50 |",
         "| in all | 3.2 |",
         "| llama-3-8b | 1.50 | 1.50 | 1.50 | 1.50 | 1.50 | 99.00 | 110.00 | 120.00 |",
-        "| paceline | 5,000 | 100.0 | 200.0 | 10.0 | 20.0 |",
-        "| transformers 5.17.0 | 1,000 | – | – | – | – |",
         "| M=1 | 15.0 | 32.0 |",
         "| M=1 PyTorch | 17.0 | 33.0 |",
         "| floor of the first | 11.0 | 27.0 |",
@@ -159,6 +182,15 @@ def test_tables_show_the_results(results: Path) -> None:
         "| µs (PyTorch's), by tokens, rows or blocks | 1 | 64 |",
         "| silu_mul | 1.4 (3) | 3.1 (9) |",
         "| rope_kv_write | 1.8 | – |",
+        "| llama-3-8b | 64 × 1K | peaked | 7.00 | 7.14 | +2.0% | 22 | 178 | 2.5% |",
+        "| llama-3-8b | 64 × 1K | flat | 7.00 | 7.00 | +0.0% | – | – | – |",
+        "medians of 2 rounds; failed: vllm in round 2:",
+        "| 32 × 1K in, 100 out | paceline | 5,000 | 39.10 | 100.0 | 200.0 | 10.0 | 20.0 |",
+        "| 20.0 | 5.5 | 150.0 | 5.42 |",
+        "|  | vllm 0.26.0 | 4,000 | – | – | – | – | – | – | – | – |",
+        "|  | ratio | 1.25 | – | – | – | – | – | – | – | – |",
+        "| azure-conversation, first 200 at 6.5/s | paceline | 5,000 |",
+        "| azure-conversation, first 200 at once, 3 left out | vllm 0.26.0 | 6 |",
     ):
         assert line in page
     assert "4.43 TB/s and 687 TFLOP/s" in page
