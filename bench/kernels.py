@@ -50,7 +50,8 @@ def measure_product(name: str, num_rows: int, rates: Rates) -> dict[str, Any]:
 
 
 def measure_decode_attention(batch: int, context: int, rates: Rates) -> Any:
-    from paceline.kernels.decode_attention_triton import choose_tiles, decode_attention_triton
+    from paceline.kernels.decode_attention_triton import decode_attention_triton
+    from paceline.kernels.decode_tiles import DecodeWorkspace, choose_tiles, workspace_size
 
     num_columns = -(-context // BLOCK_TOKENS)
     token_bytes = 2 * 2 * NUM_KV_HEADS * HEAD_DIM
@@ -70,9 +71,14 @@ def measure_decode_attention(batch: int, context: int, rates: Rates) -> Any:
         max_context=context,
         num_sms=torch.cuda.get_device_properties(0).multi_processor_count,
     )
-    workspace = torch.empty(
-        tiles.workspace_elements(batch, NUM_HEADS, HEAD_DIM), device="cuda", dtype=torch.float32
+    size = workspace_size(
+        batch,
+        num_kv_heads=NUM_KV_HEADS,
+        num_queries=NUM_HEADS // NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+        tiles=tiles,
     )
+    workspace = DecodeWorkspace.allocate(*size, device="cuda")
 
     def call(layer: int) -> Callable[[], object]:
         return lambda: decode_attention_triton(

@@ -59,7 +59,11 @@ def rope_cos_sin(
     return torch.cat((angles.cos(), angles.sin()), dim=-1).mul_(scale)
 
 
-@triton.jit(do_not_specialize=["num_positions"])
+# A step's tokens behind those that decode begin anywhere: no other kernel for each alignment.
+@triton.jit(
+    do_not_specialize=["num_positions"],
+    do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"],
+)
 def _rope_kv_write_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr,
     out_ptr,
@@ -122,8 +126,10 @@ def _rope_kv_write_kernel(  # type: ignore[no-untyped-def]
         angle_ptrs = cos_sin_ptr + position * cos_sin_stride + pairs
         cos = tl.load(angle_ptrs, mask=is_pair, other=0.0)[None, :]
         sin = tl.load(angle_ptrs + half, mask=is_pair, other=0.0)[None, :]
-        y1 = tl.where(is_rotary[:, None], n1 * cos - n2 * sin, x1).to(qkv_ptr.dtype.element_ty)
-        y2 = tl.where(is_rotary[:, None], n2 * cos + n1 * sin, x2).to(qkv_ptr.dtype.element_ty)
+        # Which product is rounded is written out: attention that rotates has to give these bits.
+        y1 = tl.where(is_rotary[:, None], tl.fma(n2, -sin, n1 * cos), x1)
+        y2 = tl.where(is_rotary[:, None], tl.fma(n1, sin, n2 * cos), x2)
+        y1, y2 = y1.to(qkv_ptr.dtype.element_ty), y2.to(qkv_ptr.dtype.element_ty)
 
         query_ptrs = out_ptr + token * out_stride + heads[:, None] * out_head_stride
         query_ptrs += pairs[None, :]
@@ -176,22 +182,7 @@ def rope_kv_write_triton(
     num_tokens = qkv.shape[0]
     _check(qkv, kv, layer, [num_tokens, all_heads * head_dim])
     _check_indices(num_tokens, positions, row_of_token, tables)
-    if (
-        list(cos_sin.shape[1:]) != [head_dim]
-        or cos_sin.dtype is not torch.float32
-        or cos_sin.stride(1) != 1
-    ):
-        raise ValueError(
-            f"cos_sin must be float32 [positions, {head_dim}] with contiguous rows, got "
-            f"{cos_sin.dtype} {list(cos_sin.shape)} of strides {list(cos_sin.stride())}"
-        )
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("q_norm and k_norm go together: got one of them")
-    for weight in (q_norm, k_norm):
-        if weight is not None and (list(weight.shape) != [head_dim] or weight.stride(0) != 1):
-            raise ValueError(
-                f"norm weights must be contiguous [{head_dim}], got {list(weight.shape)}"
-            )
+    check_rotation(head_dim, cos_sin, q_norm, k_norm)
     if out is None:
         out = qkv[:, : num_heads * head_dim].view(num_tokens, num_heads, head_dim)
     elif (
@@ -241,6 +232,31 @@ def rope_kv_write_triton(
             **options,
         )
     return out
+
+
+def check_rotation(
+    head_dim: int,
+    cos_sin: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+) -> None:
+    """Raise ValueError for what heads of that size cannot be rotated and normed with."""
+    if (
+        list(cos_sin.shape[1:]) != [head_dim]
+        or cos_sin.dtype is not torch.float32
+        or cos_sin.stride(1) != 1
+    ):
+        raise ValueError(
+            f"cos_sin must be float32 [positions, {head_dim}] with contiguous rows, got "
+            f"{cos_sin.dtype} {list(cos_sin.shape)} of strides {list(cos_sin.stride())}"
+        )
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm and k_norm go together: got one of them")
+    for weight in (q_norm, k_norm):
+        if weight is not None and (list(weight.shape) != [head_dim] or weight.stride(0) != 1):
+            raise ValueError(
+                f"norm weights must be contiguous [{head_dim}], got {list(weight.shape)}"
+            )
 
 
 def _check(qkv: torch.Tensor, kv: torch.Tensor, layer: int, shape: list[int]) -> None:

@@ -1,7 +1,9 @@
 """The operations of one step on a GPU; see `paceline.engine.step_kernels`.
 
 Products of few rows are Triton's (reading the weight is their time), larger ones cuBLAS's. Rows of
-one token that lead the step attend by the decode kernel, the others by the prefill kernel.
+one token that lead the step are rotated, written and attended by one kernel, since a step of such
+rows takes as long as its number of kernels. The others need one to rotate and write all of their
+tokens before the prefill kernel reads them.
 """
 
 import dataclasses
@@ -14,12 +16,10 @@ import torch.nn.functional as F
 from paceline.engine.model_config import ModelConfig
 from paceline.engine.rope import inverse_frequencies
 from paceline.errors import UnsupportedModelError
-from paceline.kernels.decode_attention_triton import (
-    MAX_HEAD_DIM,
-    DecodeTiles,
-    decode_attention_triton,
-)
-from paceline.kernels.decode_attention_triton import choose_tiles as choose_decode_tiles
+from paceline.kernels.decode_attention_triton import MAX_HEAD_DIM, rope_decode_attention_triton
+from paceline.kernels.decode_tiles import DecodeTiles, DecodeWorkspace
+from paceline.kernels.decode_tiles import choose_tiles as choose_decode_tiles
+from paceline.kernels.decode_tiles import workspace_size as decode_workspace_size
 from paceline.kernels.prefill_attention_triton import prefill_attention_triton
 from paceline.kernels.prefill_tiles import TileTable
 from paceline.kernels.rms_norm_triton import rms_norm_triton
@@ -96,14 +96,7 @@ class KernelResources:
         self.launch_early = _launches_early(kv.device)
         frequencies = inverse_frequencies(config.rope, config.head_dim).to(kv.device)
         self.cos_sin = rope_cos_sin(max_model_len, frequencies, config.rope.attention_factor)
-        sizes = [
-            self.decode_tiles(rows, window).workspace_elements(rows, num_heads, config.head_dim)
-            for rows in decode_sizes
-            for window in set(config.windows)
-        ]
-        self.decode_workspace = torch.empty(
-            max(sizes, default=0), dtype=torch.float32, device=kv.device
-        )
+        self.decode_workspace = self._allocate_decode_workspace(decode_sizes)
         self.skinny_workspace = self._allocate_skinny_workspace()
 
     def decode_tiles(self, num_rows: int, window: int | None) -> DecodeTiles:
@@ -131,6 +124,25 @@ class KernelResources:
             tiles = dataclasses.replace(tiles, launch_early=self.launch_early, prefetch=prefetch)
             self._skinny_tiles[key] = tiles
         return tiles
+
+    def _allocate_decode_workspace(self, sizes: Sequence[int]) -> DecodeWorkspace:
+        num_kv_heads = self.kv.shape[2]
+        needed = [
+            decode_workspace_size(
+                num_rows,
+                num_kv_heads=num_kv_heads,
+                num_queries=self.num_heads // num_kv_heads,
+                head_dim=self.config.head_dim,
+                tiles=self.decode_tiles(num_rows, window),
+            )
+            for num_rows in sizes
+            for window in set(self.config.windows)
+        ]
+        return DecodeWorkspace.allocate(
+            max((partials for partials, _ in needed), default=0),
+            max((counters for _, counters in needed), default=0),
+            self.kv.device,
+        )
 
     def _allocate_skinny_workspace(self) -> SkinnyWorkspace:
         config, width = self.config, self.num_heads * self.config.head_dim
@@ -224,12 +236,62 @@ class GpuStepKernels:
         q_norm: torch.Tensor | None,
         k_norm: torch.Tensor | None,
     ) -> torch.Tensor:
+        resources, num_decode = self._resources, self._batch.num_decode_rows
+        shape = (qkv.shape[0], resources.num_heads, resources.config.head_dim)
+        output = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
+        if num_decode:
+            self._decode(qkv[:num_decode], layer, q_norm, k_norm, output[:num_decode])
+        if self._batch.prefill is not None:
+            self._prefill(qkv, layer, q_norm, k_norm, self._batch.prefill, output)
+        return output.view(qkv.shape[0], -1)
+
+    def _decode(
+        self,
+        qkv: torch.Tensor,
+        layer: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend the tokens of qkv, one of each of the rows that lead the step."""
         resources, batch = self._resources, self._batch
-        q = rope_kv_write_triton(
+        window = resources.config.windows[layer]
+        rope_decode_attention_triton(
             qkv,
             resources.cos_sin,
-            batch.positions,
-            batch.token_rows,
+            resources.kv,
+            layer,
+            batch.row_tables[: batch.num_decode_rows],
+            batch.lengths[: batch.num_decode_rows],
+            resources.scale,
+            num_heads=resources.num_heads,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=self._eps,
+            window=window,
+            out=output,
+            workspace=resources.decode_workspace,
+            tiles=resources.decode_tiles(batch.decode_size, window),
+            launch_early=resources.launch_early,
+        )
+
+    def _prefill(
+        self,
+        qkv: torch.Tensor,
+        layer: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        table: TileTable,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend the tokens behind those that decode; of both, output and the tiles count all."""
+        resources, batch = self._resources, self._batch
+        first = batch.num_decode_rows
+        rope_kv_write_triton(
+            qkv[first:],
+            resources.cos_sin,
+            batch.positions[first:],
+            batch.token_rows[first:],
             batch.row_tables,
             resources.kv,
             layer,
@@ -239,37 +301,19 @@ class GpuStepKernels:
             eps=self._eps,
             launch_early=resources.launch_early,
         )
-        output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        window = resources.config.windows[layer]
-        num_decode = batch.num_decode_rows
-        if num_decode:
-            decode_attention_triton(
-                q[:num_decode],
-                resources.kv,
-                layer,
-                batch.row_tables[:num_decode],
-                batch.lengths[:num_decode],
-                resources.scale,
-                window=window,
-                out=output[:num_decode],
-                workspace=resources.decode_workspace,
-                tiles=resources.decode_tiles(batch.decode_size, window),
-                launch_early=resources.launch_early,
-            )
-        if batch.prefill is not None:
-            prefill_attention_triton(
-                q,
-                resources.kv,
-                layer,
-                batch.row_tables,
-                batch.lengths,
-                batch.offsets,
-                batch.prefill,
-                resources.scale,
-                window=window,
-                out=output,
-            )
-        return output.view(qkv.shape[0], -1)
+        num_heads, head_dim = output.shape[1:]
+        prefill_attention_triton(
+            qkv[:, : num_heads * head_dim].view(output.shape),
+            resources.kv,
+            layer,
+            batch.row_tables,
+            batch.lengths,
+            batch.offsets,
+            table,
+            resources.scale,
+            window=resources.config.windows[layer],
+            out=output,
+        )
 
     def take_sampled(self, x: torch.Tensor) -> torch.Tensor:
         positions = self._batch.sample_positions

@@ -9,8 +9,9 @@ import pytest
 import torch
 from triton_device import device
 
-from paceline.kernels.decode_attention_triton import DecodeTiles, decode_attention_triton
-from paceline.kernels.rope_kv_write_triton import rope_cos_sin, rope_kv_write_triton
+from paceline.kernels.decode_attention_triton import rope_decode_attention_triton
+from paceline.kernels.decode_tiles import DecodeTiles, DecodeWorkspace
+from paceline.kernels.rope_kv_write_triton import rope_cos_sin
 from paceline.kernels.skinny_matmul_triton import skinny_matmul_triton
 from paceline.kernels.skinny_tiles import SkinnyTiles, SkinnyWorkspace
 
@@ -47,13 +48,28 @@ class Chain:
         blocks = torch.randperm(num_rows * columns, dtype=torch.int32, device="cuda")
         self.tables = blocks.view(num_rows, columns)
         self.lengths = torch.full((num_rows,), CONTEXT, dtype=torch.int32, device="cuda")
-        self.rows = torch.arange(num_rows, dtype=torch.int32, device="cuda")
         frequencies = 1.0 / 10_000 ** (torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM)
         self.cos_sin = rope_cos_sin(CONTEXT, frequencies, 1.0)
         self.workspace = SkinnyWorkspace.allocate(4 * num_rows * 3 * INNER, 512, "cuda")
-        self.attention_workspace = torch.empty(1 << 22, dtype=torch.float32, device="cuda")
+        self.attention_workspace = DecodeWorkspace.allocate(1 << 22, 1 << 10, "cuda")
 
-    def run(self, x: torch.Tensor, early: bool, prefetch: int) -> torch.Tensor:
+    def begin(self, seed: int) -> None:
+        """Set the pool and every row's length; the newest tokens are not in the pool."""
+        random = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(
+            1, CONTEXT + 1, (self.num_rows,), dtype=torch.int32, generator=random
+        )
+        lengths[0] = CONTEXT - seed
+        self.lengths.copy_(lengths)
+        self.kv.copy_(self.first_kv)
+        places = (self.lengths - 1).long()
+        rows = torch.arange(self.num_rows, device="cuda")
+        blocks = self.tables[rows, places // BLOCK_TOKENS].long()
+        self.kv[blocks, :, :, :, places % BLOCK_TOKENS] = float("nan")
+
+    def run(
+        self, x: torch.Tensor, early: bool, prefetch: int = 0, num_splits: int = 8
+    ) -> torch.Tensor:
         def product(
             x: torch.Tensor,
             weight: torch.Tensor,
@@ -81,25 +97,16 @@ class Chain:
         stream = x.clone()
         for layer in range(NUM_LAYERS):
             qkv = product(stream, self.qkv[layer], norm=self.norm)
-            q = rope_kv_write_triton(
+            x = rope_decode_attention_triton(
                 qkv,
                 self.cos_sin,
-                self.lengths - 1,
-                self.rows,
-                self.tables,
-                self.kv,
-                layer,
-                num_heads=HEADS,
-                launch_early=early,
-            )
-            x = decode_attention_triton(
-                q,
                 self.kv,
                 layer,
                 self.tables,
                 self.lengths,
                 HEAD_DIM**-0.5,
-                tiles=DecodeTiles(16, 32, 8),
+                num_heads=HEADS,
+                tiles=DecodeTiles(16, 32, num_splits),
                 workspace=self.attention_workspace,
                 launch_early=early,
             ).view(self.num_rows, -1)
@@ -109,27 +116,29 @@ class Chain:
         return stream
 
 
+@pytest.mark.parametrize("num_splits", [1, 8])
 @pytest.mark.parametrize("prefetch", [0, 64, 256])
 @pytest.mark.parametrize("num_rows", [1, 16, 64])
 def test_a_captured_chain_gives_the_same_bits_whatever_overlaps(
-    num_rows: int, prefetch: int
+    num_rows: int, prefetch: int, num_splits: int
 ) -> None:
     chain = Chain(num_rows)
     static = torch.zeros((num_rows, HIDDEN), device="cuda", dtype=torch.bfloat16)
-    chain.run(static, True, prefetch)
+    chain.run(static, True, prefetch, num_splits)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = chain.run(static, True, prefetch)
+        out = chain.run(static, True, prefetch, num_splits)
     for seed in range(20):
         torch.manual_seed(seed)
         x = torch.randn((num_rows, HIDDEN), device="cuda", dtype=torch.bfloat16)
-        chain.kv.copy_(chain.first_kv)
-        expected, expected_kv = chain.run(x, False, 0), chain.kv.clone()
-        chain.kv.copy_(chain.first_kv)
+        chain.begin(seed)
+        expected, expected_kv = chain.run(x, False, num_splits=num_splits), chain.kv.clone()
+        chain.begin(seed)
         static.copy_(x)
         out.fill_(float("nan"))
         graph.replay()
         assert torch.equal(out, expected), f"input {seed}"
         assert torch.equal(chain.kv, expected_kv), f"input {seed}"
         assert bool(expected.isfinite().all())
+        assert not chain.attention_workspace.counters.any()

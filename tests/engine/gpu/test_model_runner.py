@@ -13,8 +13,10 @@ from model_references import VOCAB_SIZE, logits_of, write_model
 from runner_driver import Row, RunnerDriver
 from triton_device import device
 
+from paceline.engine.gpu import step_kernels
 from paceline.engine.gpu.model_runner import GpuModelRunner
 from paceline.engine.step_plan import StepPlan
+from paceline.kernels.rope_kv_write_triton import rope_kv_write_triton
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-4}
 SMALL = {"num_hidden_layers": 2, "intermediate_size": 64}
@@ -88,6 +90,39 @@ def test_a_row_between_decode_rows_and_a_fork_attend_to_their_own_blocks(tmp_pat
     driver.copy_block(1, 0)
     _, logits = driver.step(Row(0, None), Row(2, chunk), Row(1, [7]))
     expected = [logits_of(model, tokens)[-1] for tokens in ([*prompt, token], chunk, [*prompt, 7])]
+    torch.testing.assert_close(logits, torch.stack(expected), **CLOSE)
+
+
+def test_decode_rows_need_no_kernel_to_rotate_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path, "Qwen3ForCausalLM", **SMALL)
+    driver = RunnerDriver(tmp_path, kind="gpu", num_slots=3)
+    prompts = [random_tokens(5), random_tokens(9, seed=1), random_tokens(4, seed=2)]
+    for slot in range(3):
+        driver.start(slot)
+    result, _ = driver.step(Row(0, prompts[0]), Row(1, prompts[1]))
+    grown = [
+        [*prompt, int(token)] for prompt, token in zip(prompts, result.token_ids, strict=False)
+    ]
+    rotated: list[int] = []
+
+    def rotate(qkv: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        rotated.append(len(qkv))
+        return rope_kv_write_triton(qkv, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(step_kernels, "rope_kv_write_triton", rotate)
+    result, logits = driver.step(Row(0, None), Row(1, None), Row(2, prompts[2]))
+    assert rotated == [4, 4]  # a layer each: the chunk's tokens alone
+    expected = [logits_of(model, tokens)[-1] for tokens in (*grown, prompts[2])]
+    torch.testing.assert_close(logits, torch.stack(expected), **CLOSE)
+    _, logits = driver.step(*(Row(slot, None) for slot in range(3)))
+    assert rotated == [4, 4]
+    grown.append(prompts[2])
+    expected = [
+        logits_of(model, [*tokens, int(token)])[-1]
+        for tokens, token in zip(grown, result.token_ids, strict=True)
+    ]
     torch.testing.assert_close(logits, torch.stack(expected), **CLOSE)
 
 
