@@ -33,6 +33,8 @@ it reads its split.
 import triton
 import triton.language as tl
 
+from paceline.kernels.prefetch_triton import prefetch_l2
+
 
 @triton.jit
 def _cut(  # type: ignore[no-untyped-def]
@@ -49,6 +51,32 @@ def _cut(  # type: ignore[no-untyped-def]
         low = tl.maximum(length - TOKENS + 1 - WINDOW, 0)
     num_tiles = tl.cdiv(length - low, BLOCK_N)
     return low, tl.maximum(tl.cdiv(num_tiles, SPLITS), MIN_TILES) * BLOCK_N
+
+
+@triton.jit
+def _prefetch_tokens(  # type: ignore[no-untyped-def]
+    head_ptr,
+    table_ptr,
+    begin,
+    end,
+    kv_block,
+    kv_plane,
+    kv_token,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Have the first tokens' keys and values fetched, if there are any from begin to end."""
+    if begin < end:
+        position = tl.minimum(begin + tl.arange(0, BLOCK_N), end - 1)
+        # Tables, too, are older than any kernel that may still run.
+        block = tl.load(table_ptr + position // BLOCK_TOKENS, cache_modifier=".cg")
+        token_ptrs = head_ptr + block.to(tl.int64) * kv_block
+        token_ptrs += (position % BLOCK_TOKENS) * kv_token
+        line: tl.constexpr = 1024 // head_ptr.dtype.element_ty.primitive_bitwidth
+        for number in tl.static_range((HEAD_DIM + line - 1) // line):
+            prefetch_l2(token_ptrs + number * line)
+            prefetch_l2(token_ptrs + kv_plane + number * line)
 
 
 @triton.jit
@@ -187,6 +215,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     MERGE_STEP: tl.constexpr,
     WIDEN: tl.constexpr,
     LAUNCH_EARLY: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """A program: up to BLOCK_M queries of one kv head of a row, one split of its context.
 
@@ -214,6 +243,21 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         cos = tl.load(angle_ptrs, mask=rotates, other=0.0)[None, :]
         sin = tl.load(angle_ptrs + HEAD_DIM // 2, mask=rotates, other=0.0)
         sin = tl.where(dim < HEAD_DIM // 2, -sin, sin)[None, :]
+    table_ptr = tables_ptr + row * table_row
+    head_ptr = kv_ptr + kv_head.to(tl.int64) * kv_head_stride
+    if PREFETCH:
+        _prefetch_tokens(
+            head_ptr,
+            table_ptr,
+            begin,
+            end,
+            kv_block,
+            kv_plane,
+            kv_token,
+            HEAD_DIM,
+            BLOCK_TOKENS,
+            BLOCK_N,
+        )
     if LAUNCH_EARLY:
         # Ahead of every return: the kernels behind take this one's end for that of those before it.
         tl.extra.cuda.gdc_wait()
@@ -227,8 +271,6 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     head = kv_head * GROUP + query % GROUP
     wanted = (query < QUERIES)[:, None] & (dim < HEAD_DIM)[None, :]
     q_ptrs = q_ptr + (row * q_row + token * q_token + head * q_head)[:, None]
-    table_ptr = tables_ptr + row * table_row
-    head_ptr = kv_ptr + kv_head.to(tl.int64) * kv_head_stride
     q = tl.load(q_ptrs + dim[None, :], mask=wanted, other=0.0)
     if cos_sin_ptr is not None:
         swapped_dim = _swap(dim, HEAD_DIM)[None, :]

@@ -43,7 +43,8 @@ def decode_attention_triton(
     only the last dimension must be contiguous. max_context: the longest that lengths are expected
     to be; None takes what the tables can hold. workspace: None allocates one, which costs a fill
     kernel. launch_early: overlap with the end of the kernels ahead (programmatic dependent launch,
-    Hopper and later); none of them that was itself launched early may write `lengths`.
+    Hopper and later); none of them that was itself launched early may write `lengths`
+    or `tables`.
     """
     num_rows = _check_rows(q, tables, lengths)
     _check_pool(q, kv, layer, window)
@@ -216,6 +217,8 @@ def _launch(
         BLOCK_D=block_d,
         WIDEN=q.is_cpu and q.dtype is torch.bfloat16,  # the interpreter's product has no bfloat16
         LAUNCH_EARLY=launch_early,
+        # Launches of many programs hide each other's waits.
+        PREFETCH=launch_early and tiles.num_splits > 1,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **_merge_sizes(tiles, num_queries, block_d),

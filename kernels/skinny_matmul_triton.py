@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
+from paceline.kernels.prefetch_triton import prefetch_l2
 from paceline.kernels.skinny_tiles import (
     LINE_BYTES,
     SkinnyTiles,
@@ -208,19 +209,6 @@ def _load_weight(places, mask, EVEN: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit
-def _prefetch(places):  # type: ignore[no-untyped-def]
-    """Have the lines of these addresses fetched into the L2."""
-    tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l",
-        [places.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _load_norm(norm, steps, inner):  # type: ignore[no-untyped-def]
     """Load the norm's weight of these steps along K; 0 past the end."""
     return tl.load(norm + steps, mask=steps < inner, other=0.0).to(tl.float32)
@@ -294,9 +282,9 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
             line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
             ahead = tl.minimum(start + tl.arange(0, LINES) * line, inner - line)
             own_rows = tl.minimum(columns, width - 1).to(tl.int64)[:, None] * weight_stride
-            _prefetch(weight + own_rows + ahead[None, :])
+            prefetch_l2(weight + own_rows + ahead[None, :])
             if GATED:
-                _prefetch(weight + up_offset + own_rows + ahead[None, :])
+                prefetch_l2(weight + up_offset + own_rows + ahead[None, :])
         tl.extra.cuda.gdc_wait()  # x, residual and the workspace belong to the kernels ahead
     for k in range(start, tl.minimum(start + part, inner), BLOCK_K):
         inside = (k + steps < inner)[None, :]
