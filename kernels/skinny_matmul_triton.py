@@ -1,15 +1,13 @@
-"""Linear layers for few rows on a GPU: y = x W^T + b, with what is directly around such a product.
+"""Linear layers for few rows on a GPU: y = x W^T + b, and what directly follows such a product.
 
-    norm         x / sqrt(mean(x^2) + eps) * norm in the place of x         Zhang and Sennrich 2019
     plain        y [M, N]   = x W^T + b
     gated        y [M, N/2] = silu(g) * u       where g, u are the halves of x W^T + b
     residual     r is added to y, last
 
-    x [M, K], weight [N, K], bias [N], norm [K], residual as y -> y; float32, float16 or bfloat16
+    x [M, K], weight [N, K], bias [N], residual as y -> y; all float32, float16 or bfloat16
 
-All of it in float32, rounded once at the end (separate operations round in between); only x * norm
-is rounded before it is multiplied. A row's 1 / sqrt(...) is a factor of its whole product, so that
-it is applied last, when a program has seen all of the row. float32 products are IEEE's, not TF32.
+All of it in float32, rounded once at the end (separate operations round in between). float32
+products are IEEE's, not TF32.
 
 Reading the weight is nearly all of the time, so a program takes a tile of its rows, the programs
 of all tiles of x beside each other, to find it in the L2. Where the tiles are too few to keep
@@ -46,8 +44,6 @@ def skinny_matmul_triton(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
     gated: bool = False,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -56,14 +52,11 @@ def skinny_matmul_triton(
 ) -> torch.Tensor:
     """Return x W^T + b [M, N]; with `gated` silu of its first half times the second [M, N / 2].
 
-    Rows of any stride, elements of a row beside each other. With `norm` x is normed first; float16
-    is refused then, since x * norm may be too large for it. `out` may be `residual`, and neither
+    Rows of any stride, elements of a row beside each other. `out` may be `residual`, and neither
     may overlap anything else. A split product needs `workspace`, or allocates one, which costs a
     fill kernel. Raises ValueError for what the kernel cannot do.
     """
     _check(x, weight, bias, gated)
-    if norm is not None:
-        _check_norm(norm, x)
     num_rows, inner = x.shape
     num_outputs = weight.shape[0]
     width = num_outputs // 2 if gated else num_outputs
@@ -91,7 +84,6 @@ def skinny_matmul_triton(
         x,
         weight,
         bias,
-        norm,
         residual,
         out,
         workspace.partials,
@@ -100,7 +92,6 @@ def skinny_matmul_triton(
         width,
         inner,
         width * weight.stride(0),
-        eps,
         x.stride(0),
         weight.stride(0),
         0 if residual is None else residual.stride(0),
@@ -146,16 +137,6 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gat
             f"bias must be contiguous {x.dtype} [{weight.shape[0]}], got {bias.dtype} "
             f"{list(bias.shape)} of strides {bias.stride()}"
         )
-
-
-def _check_norm(norm: torch.Tensor, x: torch.Tensor) -> None:
-    if norm.shape != x.shape[1:] or norm.dtype != x.dtype or not norm.is_contiguous():
-        raise ValueError(
-            f"norm must be contiguous {x.dtype} [{x.shape[1]}], got {norm.dtype} "
-            f"{list(norm.shape)} of strides {norm.stride()}"
-        )
-    if x.dtype == torch.float16:
-        raise ValueError("rows of float16 cannot be normed here: x * norm may be too large for it")
 
 
 def _check_like(name: str, tensor: torch.Tensor, shape: tuple[int, int], x: torch.Tensor) -> None:
@@ -209,12 +190,6 @@ def _load_weight(places, mask, EVEN: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit
-def _load_norm(norm, steps, inner):  # type: ignore[no-untyped-def]
-    """Load the norm's weight of these steps along K; 0 past the end."""
-    return tl.load(norm + steps, mask=steps < inner, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _add_splits(first, stride, mask, NUM_SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
     # .cg: other multiprocessors wrote these sums, and the L1 cache would not know.
     total = tl.load(first, mask=mask, other=0.0, cache_modifier=".cg")
@@ -229,7 +204,6 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
     bias,
-    norm,
     residual,
     out,
     partials,
@@ -238,7 +212,6 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
     width,
     inner,
     up_offset,
-    eps,
     x_stride,
     weight_stride,
     residual_stride,
@@ -273,10 +246,6 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
     else:
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    scale = tl.zeros((BLOCK_K,), tl.float32)
-    if norm is not None:
-        scale = _load_norm(norm, start + steps, inner)
     if LAUNCH_EARLY:
         if LINES > 0:
             line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
@@ -291,12 +260,6 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
         # The weight is read once, x by every program.
         x_mask = row_mask if EVEN else row_mask & inside
         x_tile = tl.load(x_places + k, mask=x_mask, other=0.0, eviction_policy="evict_last")
-        if norm is not None:
-            wide = x_tile.to(tl.float32)
-            squares += wide * wide
-            x_tile = (wide * scale[None, :]).to(x_tile.dtype)
-            # One step ahead: too narrow for an asynchronous copy, and nothing waits for it here.
-            scale = _load_norm(norm, k + BLOCK_K + steps, inner)
         weight_tile = _load_weight(weight_places + k, column_mask & inside, EVEN)
         sums = _multiply(sums, x_tile, weight_tile, WEIGHT_FIRST, WIDEN)
         if GATED:
@@ -305,23 +268,18 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
     if WEIGHT_FIRST:
         sums = tl.trans(sums)
         up_sums = tl.trans(up_sums)
-    row_squares = tl.sum(squares, axis=1)
 
     mask = row_mask & (columns < width)[None, :]
     is_last = True
     if NUM_SPLITS > 1:
-        # [split, row, N], and of a norm's squares [tile, split, row] behind them
+        # [split, row, N]
         num_outputs = width * 2 if GATED else width
-        split_row = split * num_rows + rows
+        split_stride = num_rows.to(tl.int64) * num_outputs
         first = partials + rows.to(tl.int64)[:, None] * num_outputs + columns[None, :]
-        own = partials + split_row.to(tl.int64)[:, None] * num_outputs + columns[None, :]
+        own = first + split * split_stride
         tl.store(own, sums, mask=mask)
         if GATED:
             tl.store(own + width, up_sums, mask=mask)
-        num_split_rows = NUM_SPLITS * num_rows
-        tile_squares = partials + (num_outputs + tl.program_id(1)).to(tl.int64) * num_split_rows
-        if norm is not None:
-            tl.store(tile_squares + split_row, row_squares, mask=rows < num_rows)
         # All threads have stored before one of them tells the other splits.
         tl.debug_barrier()
         counter = counters + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -330,18 +288,10 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
         if is_last:
             tl.debug_barrier()
             tl.store(counter, 0)
-            stride = num_rows.to(tl.int64) * num_outputs
-            sums = _add_splits(first, stride, mask, NUM_SPLITS)
+            sums = _add_splits(first, split_stride, mask, NUM_SPLITS)
             if GATED:
-                up_sums = _add_splits(first + width, stride, mask, NUM_SPLITS)
-            if norm is not None:
-                first_squares = tile_squares + rows
-                row_squares = _add_splits(first_squares, num_rows, rows < num_rows, NUM_SPLITS)
+                up_sums = _add_splits(first + width, split_stride, mask, NUM_SPLITS)
     if is_last:
-        if norm is not None:
-            factors = tl.rsqrt(row_squares / inner + eps)[:, None]
-            sums *= factors
-            up_sums *= factors
         if bias is not None:
             addend = tl.load(bias + columns, mask=columns < width, other=0.0)
             sums += addend.to(tl.float32)[None, :]

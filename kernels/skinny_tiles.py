@@ -106,7 +106,7 @@ def workspace_size(
     if tiles.num_splits == 1:
         return 0, 0
     num_column_tiles = _cdiv(num_outputs, 2 * tiles.block_n if gated else tiles.block_n)
-    num_partials = tiles.num_splits * num_rows * (num_outputs + num_column_tiles)
+    num_partials = tiles.num_splits * num_rows * num_outputs
     return num_partials, num_column_tiles * _cdiv(num_rows, tiles.block_m)
 
 

@@ -184,10 +184,10 @@ class GpuStepKernels:
         norm: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if x.shape[0] <= MAX_SKINNY_ROWS:
-            return self._skinny(x, weight, bias, norm, residual, gated=False)
         if norm is not None:
             x = self._normed(x, norm)
+        if x.shape[0] <= MAX_SKINNY_ROWS:
+            return self._skinny(x, weight, bias, residual, gated=False)
         if residual is None:
             return F.linear(x, weight, bias)
         if bias is None:
@@ -197,28 +197,24 @@ class GpuStepKernels:
     def gated_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor
     ) -> torch.Tensor:
+        x = self._normed(x, norm)
         if x.shape[0] <= MAX_SKINNY_ROWS:
-            return self._skinny(x, weight, bias, norm, None, gated=True)
-        return silu_mul_triton(F.linear(self._normed(x, norm), weight, bias))
+            return self._skinny(x, weight, bias, None, gated=True)
+        return silu_mul_triton(F.linear(x, weight, bias))
 
     def _skinny(
         self,
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        norm: torch.Tensor | None,
         residual: torch.Tensor | None,
         gated: bool,
     ) -> torch.Tensor:
-        if norm is not None and x.dtype is torch.float16:  # x times the norm's weight may overflow
-            x, norm = self._normed(x, norm), None
         resources = self._resources
         return skinny_matmul_triton(
             x,
             weight,
             bias,
-            norm=norm,
-            eps=self._eps,
             gated=gated,
             residual=residual,
             out=residual,

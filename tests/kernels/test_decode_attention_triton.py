@@ -288,7 +288,7 @@ def test_a_mistake_is_noticed(mistake: str) -> None:
     tiles = DecodeTiles(16, 32, 2)
     workspace = case.workspace(tiles)
     if mistake == "counter not zero":
-        workspace.counters.fill_(1)
+        workspace.counters.fill_(2)  # no split finds that it is the last
     output = case.run(tiles=tiles, workspace=workspace)
     if mistake == "later":
         output, case.q = output.roll(-1, dims=1), case.q.roll(-1, dims=1)

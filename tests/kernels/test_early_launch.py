@@ -11,6 +11,7 @@ from triton_device import device
 
 from paceline.kernels.decode_attention_triton import rope_decode_attention_triton
 from paceline.kernels.decode_tiles import DecodeTiles, DecodeWorkspace
+from paceline.kernels.rms_norm_triton import rms_norm_triton
 from paceline.kernels.rope_kv_write_triton import rope_cos_sin
 from paceline.kernels.skinny_matmul_triton import skinny_matmul_triton
 from paceline.kernels.skinny_tiles import SkinnyTiles, SkinnyWorkspace
@@ -50,7 +51,7 @@ class Chain:
         self.lengths = torch.full((num_rows,), CONTEXT, dtype=torch.int32, device="cuda")
         frequencies = 1.0 / 10_000 ** (torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM)
         self.cos_sin = rope_cos_sin(CONTEXT, frequencies, 1.0)
-        self.workspace = SkinnyWorkspace.allocate(4 * num_rows * 3 * INNER, 512, "cuda")
+        self.workspace = SkinnyWorkspace.allocate(4 * num_rows * 2 * INNER, 512, "cuda")
         self.attention_workspace = DecodeWorkspace.allocate(1 << 22, 1 << 10, "cuda")
 
     def begin(self, seed: int) -> None:
@@ -73,7 +74,6 @@ class Chain:
         def product(
             x: torch.Tensor,
             weight: torch.Tensor,
-            norm: torch.Tensor | None = None,
             residual: torch.Tensor | None = None,
             gated: bool = False,
         ) -> torch.Tensor:
@@ -85,8 +85,6 @@ class Chain:
             return skinny_matmul_triton(
                 x,
                 weight,
-                norm=norm,
-                eps=1e-5,
                 gated=gated,
                 residual=residual,
                 out=residual,
@@ -96,7 +94,8 @@ class Chain:
 
         stream = x.clone()
         for layer in range(NUM_LAYERS):
-            qkv = product(stream, self.qkv[layer], norm=self.norm)
+            x = rms_norm_triton(stream, self.norm, 1e-5, launch_early=early)
+            qkv = product(x, self.qkv[layer])
             x = rope_decode_attention_triton(
                 qkv,
                 self.cos_sin,
@@ -111,7 +110,8 @@ class Chain:
                 launch_early=early,
             ).view(self.num_rows, -1)
             product(x, self.o[layer], residual=stream)
-            x = product(stream, self.gate_up[layer], norm=self.norm, gated=True)
+            x = rms_norm_triton(stream, self.norm, 1e-5, launch_early=early)
+            x = product(x, self.gate_up[layer], gated=True)
             product(x, self.down[layer], residual=stream)
         return stream
 
