@@ -11,9 +11,10 @@ from triton_device import device
 
 from paceline.kernels.decode_attention_triton import rope_decode_attention_triton
 from paceline.kernels.decode_tiles import DecodeTiles, DecodeWorkspace
+from paceline.kernels.normed_rows import NormedRows
 from paceline.kernels.rms_norm_triton import rms_norm_triton
 from paceline.kernels.rope_kv_write_triton import rope_cos_sin
-from paceline.kernels.skinny_matmul_triton import skinny_matmul_triton
+from paceline.kernels.skinny_matmul_triton import allocate_normed, skinny_matmul_triton
 from paceline.kernels.skinny_tiles import SkinnyTiles, SkinnyWorkspace
 
 pytestmark = [
@@ -71,31 +72,43 @@ class Chain:
     def run(
         self, x: torch.Tensor, early: bool, prefetch: int = 0, num_splits: int = 8
     ) -> torch.Tensor:
-        def product(
-            x: torch.Tensor,
-            weight: torch.Tensor,
-            residual: torch.Tensor | None = None,
-            gated: bool = False,
-        ) -> torch.Tensor:
-            tiles = SkinnyTiles(
+        def tiles(gated: bool = False) -> SkinnyTiles:
+            chosen = SkinnyTiles(
                 max(16, self.num_rows), 64, 64, 1 if gated else 2, num_stages=3, weight_first=True
             )
             if early:
-                tiles = dataclasses.replace(tiles, launch_early=True, prefetch=prefetch)
+                chosen = dataclasses.replace(chosen, launch_early=True, prefetch=prefetch)
+            return chosen
+
+        def product(x: NormedRows, weight: torch.Tensor, gated: bool = False) -> torch.Tensor:
             return skinny_matmul_triton(
-                x,
+                x.rows,
                 weight,
                 gated=gated,
-                residual=residual,
-                out=residual,
+                squares=x.squares,
+                eps=1e-5,
                 workspace=self.workspace,
-                tiles=tiles,
+                tiles=tiles(gated),
             )
 
+        def add(x: torch.Tensor, weight: torch.Tensor) -> NormedRows:
+            normed = allocate_normed(stream, tiles())
+            skinny_matmul_triton(
+                x,
+                weight,
+                residual=stream,
+                out=stream,
+                norm=self.norm,
+                normed=normed,
+                workspace=self.workspace,
+                tiles=tiles(),
+            )
+            return normed
+
         stream = x.clone()
+        rows = NormedRows(rms_norm_triton(stream, self.norm, 1e-5, launch_early=early), None)
         for layer in range(NUM_LAYERS):
-            x = rms_norm_triton(stream, self.norm, 1e-5, launch_early=early)
-            qkv = product(x, self.qkv[layer])
+            qkv = product(rows, self.qkv[layer])
             x = rope_decode_attention_triton(
                 qkv,
                 self.cos_sin,
@@ -109,10 +122,8 @@ class Chain:
                 workspace=self.attention_workspace,
                 launch_early=early,
             ).view(self.num_rows, -1)
-            product(x, self.o[layer], residual=stream)
-            x = rms_norm_triton(stream, self.norm, 1e-5, launch_early=early)
-            x = product(x, self.gate_up[layer], gated=True)
-            product(x, self.down[layer], residual=stream)
+            rows = add(x, self.o[layer])
+            rows = add(product(rows, self.gate_up[layer], gated=True), self.down[layer])
         return stream
 
 
