@@ -250,8 +250,8 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
     piece_squares = tl.zeros((SQUARES_BLOCK, BLOCK_M), tl.float32)
     if squares is not None:  # needed at the end, so that nothing waits for them there
         exists = (pieces < NUM_SQUARES)[:, None] & (rows < num_rows)[None, :]
-        places = squares + pieces[:, None] * num_rows + rows[None, :]
-        piece_squares = tl.load(places, mask=exists, other=0.0)
+        square_places = squares + pieces[:, None] * num_rows + rows[None, :]
+        piece_squares = tl.load(square_places, mask=exists, other=0.0)
     for k in range(start, tl.minimum(start + part, inner), BLOCK_K):
         inside = (k + steps < inner)[None, :]
         # The weight is read once, x by every program.
@@ -310,7 +310,7 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
         if norm is not None:
             wide = tl.where(mask, rounded.to(tl.float32), 0.0)
             scale = tl.load(norm + columns, mask=columns < width, other=0.0).to(tl.float32)
-            places = normed + rows.to(tl.int64)[:, None] * width + columns[None, :]
-            tl.store(places, (wide * scale[None, :]).to(out.dtype.element_ty), mask=mask)
+            normed_places = normed + rows.to(tl.int64)[:, None] * width + columns[None, :]
+            tl.store(normed_places, (wide * scale[None, :]).to(out.dtype.element_ty), mask=mask)
             piece = normed_squares + tl.program_id(1) * num_rows + rows
             tl.store(piece, tl.sum(wide * wide, axis=1), mask=rows < num_rows)
