@@ -28,13 +28,18 @@ SAMPLED = SamplingParams(
 )
 """Sampling in which every parameter has work to do."""
 LOGIT_SCALES = {"flat": 1.0, "between": 2.5, "peaked": 8.0}
-"""What sampling costs follows from how many tokens lie near the best one: within 8 nats, with the
-8B shape's random weights, some 90,000, 1,000 and 10. The sampler lists up to 4,096 there; with
-more, or fewer than top_k, it looks at whole rows.
+"""What sampling costs can follow from how many tokens lie near the best one: within 8 nats, with
+the 8B shape's random weights, some 90,000, 1,000 and 10.
 """
 SAMPLED_ROUNDS = 3
 """Of greedy and sampled steps in turn: their difference is small."""
-SAMPLER_KERNELS = ("prepare_kernel", "scan_kernel", "finish_kernel")
+SAMPLER_KERNELS = (
+    "prepare_kernel",
+    "divide_kernel",
+    "narrow_kernel",
+    "race_kernel",
+    "finish_kernel",
+)
 """Of `kernels.sampling_triton`."""
 MAX_KERNELS = 25
 """Kernels named in a profile; the rest is added up."""

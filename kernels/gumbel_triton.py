@@ -35,6 +35,36 @@ def gumbels(draws, seed, choice, index):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def consecutive_words(first, seed, choice, index, NUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the words of the draws from `first` on, uint32 [NUM]; both are multiples of 4.
+
+    One counter gives four words, so this is a quarter of the work of `random_words`.
+    """
+    counters = (first // 4 + tl.arange(0, NUM // 4)).to(tl.uint32)
+    words = tl.philox(seed, counters, index, choice, index * 0)
+    even = tl.join(words[0], words[2])
+    odd = tl.join(words[1], words[3])
+    return tl.reshape(tl.join(even, odd), (NUM,))
+
+
+ROUGH_ERROR: tl.constexpr = tl.constexpr(2.0**-12)
+"""At most so far is `rough_gumbels` from `gumbels`: 200 times the worst seen."""
+
+
+@triton.jit
+def rough_gumbels(words):  # type: ignore[no-untyped-def]
+    """Return about the noise that `gumbels` makes of the words, float32, at a tenth of its cost.
+
+    With u = (word + 1/2) / 2**32 and v = 1 - u it is -log(-log(u)), where -log(u) is that of v as
+    a series when u is too near 1 for float32.
+    """
+    u = (words.to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
+    v = ((words ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
+    series = v * (1.0 + v * (1.0 / 2 + v * (1.0 / 3 + v * (1.0 / 4 + v * (1.0 / 5)))))
+    return -tl.log(tl.where(v < 1.0 / 16, series, -tl.log(u)))
+
+
+@triton.jit
 def _words_kernel(  # type: ignore[no-untyped-def]
     draws, words, noise, seeds, choices, indices, num_draws, BLOCK: tl.constexpr
 ):

@@ -1,6 +1,7 @@
 """What the kernels of sampling share: a row's distances from its best score, and their weights.
 
 d      = (s - max s) / temperature             float32, at most 0; s: logits, or scores
+key    = the bits of -d                        int32, grows as d falls; equal where d is equal
 weight = floor(exp(d) * 2**34)                 int64, so sums are exact in any order
 """
 
@@ -13,6 +14,8 @@ from paceline.kernels.sampling_slots_triton import HAS_PENALTIES, NUM_EDITS, slo
 HEAD: tl.constexpr = tl.constexpr(HEAD_NATS)
 """Tokens under -HEAD are the tail."""
 NO_TOKEN: tl.constexpr = tl.constexpr(2**31 - 1)
+NO_KEY: tl.constexpr = tl.constexpr(0x7F800000)
+"""The key of a banned token; those of all others are lower."""
 _ONE: tl.constexpr = tl.constexpr(2.0**WEIGHT_BITS)
 
 
@@ -53,6 +56,12 @@ def distances_of(tokens, logits, scores, vocab_size, changed, best, temperature)
         values = tl.load(logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)
     values = values - best
     return tl.div_rn(values, tl.zeros_like(values) + temperature)
+
+
+@triton.jit
+def keys_of(distances):  # type: ignore[no-untyped-def]
+    """Return the keys of d; one that is not a number has none of those in use."""
+    return tl.abs(distances).to(tl.int32, bitcast=True)
 
 
 @triton.jit

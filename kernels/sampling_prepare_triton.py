@@ -1,6 +1,8 @@
 """The first kernel of sampling: what a slot changes of its logits, and the best of each tile.
 
 s = logits, -inf where not allowed, + logit_bias, -inf while min_tokens bans, - penalties
+
+It also clears what the kernels behind it add up.
 """
 
 import torch
@@ -8,6 +10,13 @@ import triton
 import triton.language as tl
 
 from paceline.kernels.sampling_distances_triton import changes_logits, first_of
+from paceline.kernels.sampling_floor_triton import DONE, KEPT_END, MODE, STATE_WIDTH
+from paceline.kernels.sampling_narrow_triton import (
+    NUM_BINS,
+    NUM_PIECES,
+    has_filters,
+    lowest_end,
+)
 from paceline.kernels.sampling_slots_triton import (
     FREQUENCY,
     HAS_PENALTIES,
@@ -61,6 +70,33 @@ def _penalised(values, tokens, slots, slot, vocab_size):  # type: ignore[no-unty
     return tl.where(was_seen & (values > float("-inf")), finite, values)
 
 
+_WIDTH: tl.constexpr = tl.constexpr(STATE_WIDTH)
+_PIECES: tl.constexpr = tl.constexpr(NUM_PIECES)
+_BINS: tl.constexpr = tl.constexpr(NUM_BINS)
+
+
+@triton.jit
+def _clear(workspace, row, tile, BINS_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Clear a row's sums: of the bins, a tile's share."""
+    if tile == 0:
+        pieces = row * _PIECES + tl.arange(0, _PIECES)
+        tl.store(workspace.piece_nums + pieces, tl.zeros((_PIECES,), tl.int32))
+        tl.store(workspace.piece_weights + pieces, tl.zeros((_PIECES,), tl.int64))
+        tl.store(workspace.list_lengths + row, 0)
+        tl.store(workspace.arrivals + row, 0)
+    bins = tile * BINS_BLOCK + tl.arange(0, BINS_BLOCK)
+    tl.store(
+        workspace.bin_nums + row * _BINS + bins,
+        tl.zeros((BINS_BLOCK,), tl.int32),
+        mask=bins < _BINS,
+    )
+    tl.store(
+        workspace.bin_weights + row * _BINS + bins,
+        tl.zeros((BINS_BLOCK,), tl.int64),
+        mask=bins < _BINS,
+    )
+
+
 @triton.jit(do_not_specialize_on_alignment=["row_slots", "indices"])
 def prepare_kernel(  # type: ignore[no-untyped-def]
     logits,
@@ -74,22 +110,27 @@ def prepare_kernel(  # type: ignore[no-untyped-def]
     workspace,
     vocab_size,
     NUM_TILES: tl.constexpr,
+    BINS_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """A program: a tile of a row. Writes scores, if the slot changes any, and the tile's best."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     slot = tl.load(row_slots + row).to(tl.int64)
+    if tile == 0:
+        tl.store(workspace.states + row * _WIDTH + MODE, DONE)
     if slot < 0:
         return
+    if tile == 0:
+        tl.store(workspace.states + row * _WIDTH + KEPT_END, lowest_end(slots, slot).to(tl.int64))
+    if has_filters(slots, slot, vocab_size):
+        _clear(workspace, row, tile, BINS_BLOCK)
     tokens = tile * TILE + tl.arange(0, TILE)
     inside = tokens < vocab_size
     values = tl.load(logits + row * logits_stride + tokens, mask=inside, other=float("-inf"))
     values = values.to(tl.float32)
     place = row * NUM_TILES + tile
     tl.store(workspace.tile_largest + place, largest_or_nan(values))
-    if tile == 0:
-        tl.store(workspace.list_lengths + row, 0)
     if changes_logits(slots, slot, allowed_mask is not None):
         if allowed_mask is not None:
             words = tl.load(allowed_mask + row * mask_stride + tokens // 32, mask=inside, other=0)

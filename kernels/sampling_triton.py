@@ -12,14 +12,20 @@ and so exact in any order, and equal numbers go to the lowest id. exp and log ar
 tokens can differ where two candidates, or a share and top_p, lie within their rounding.
 
     prepare  (row, tile of the vocabulary)   s, and the best of each tile, of logits and of s
-    scan     (row, tile)                     at random only: weights; the tile's part of the race.
-                                             With top_k or top_p instead the head, as a list
-    finish   (row)                           the token; top_k and top_p by bisection over the bits
-                                             of d in the list, or over the row if that is too short
+    divide   (row, some tiles)               numbers and weights of the tokens in 16 ranges of d
+    narrow   (row, some tiles), six times    the same in 2,048 parts of the range with the floor,
+                                             down to one value; or a list, once few are left
+    race     (row, some tiles)               the tile's best d + noise over the floor
+    finish   (row)                           the token
 
-Greedy rows leave `scan` at once, and without a random row it is not launched. A row that changes
-none of its logits is never copied. Nothing waits for the CPU: what is wrong with a row is in its
-`status`, to be read with the token.
+A floor is found in passes over all tiles at once, never by one program that reads the row: flat
+rows and those with a hundred thousand equal logits cost about what others do. Between passes, a
+row's state says what is sought (see `sampling_floor_triton`); its last program to add to the sums
+chooses what the next pass does. Greedy rows leave all between prepare and finish at once, as rows
+without top_k and top_p leave divide and narrow, and without any such row they are not launched.
+
+A row that changes none of its logits is never copied. Nothing waits for the CPU: what is wrong with
+a row is in its `status`, to be read with the token.
 """
 
 from typing import NamedTuple
@@ -29,14 +35,33 @@ import triton
 
 from paceline.kernels.sampling import MAX_VOCAB_SIZE
 from paceline.kernels.sampling_finish_triton import finish_kernel
+from paceline.kernels.sampling_floor_triton import STATE_WIDTH
+from paceline.kernels.sampling_narrow_triton import (
+    MAX_TILE,
+    NUM_BINS,
+    NUM_PASSES,
+    NUM_PIECES,
+    divide_kernel,
+    narrow_kernel,
+)
 from paceline.kernels.sampling_prepare_triton import prepare_kernel
-from paceline.kernels.sampling_scan_triton import scan_kernel
+from paceline.kernels.sampling_race_triton import race_kernel
 from paceline.kernels.sampling_slots_triton import SamplingSlots, check_rows
 
-TILE = 1024
-"""Tokens of a program of `prepare` and `scan`. Times with it: bench/results/kernels_h200.json."""
-MAX_CANDIDATES = 4096
-"""Longest list of a row's head; longer ones are filtered over the whole row."""
+TILE = 4096
+"""Tokens of a program. Times with it: bench/results/kernels_h200.json."""
+MAX_LISTED = 4096
+"""Longest list of a row's keys"""
+
+# Few registers spill, and two programs or more fit on a multiprocessor.
+_PREPARE = {"num_warps": 8, "maxnreg": 80}
+_DIVIDE = {"num_warps": 8, "maxnreg": 128}
+_NARROW = {"num_warps": 16, "maxnreg": 64}
+_RACE = {"num_warps": 16, "maxnreg": 64}
+_FINISH = {"num_warps": 1}
+_NUM_PROGRAMS = 512
+"""Of divide, narrow and race, about: two for each place on 132 multiprocessors. More would make
+launches dear that leave at once."""
 
 
 class SampledRows(NamedTuple):
@@ -54,7 +79,7 @@ class SamplingWorkspace(NamedTuple):
     """Memory between the kernels of one stream, for R rows in T tiles; needs no filling."""
 
     scores: torch.Tensor
-    """float32 [R, V]: s of the rows that change it; d of those filtered over the whole row"""
+    """float32 [R, V]: s of the rows that change it"""
     tile_largest: torch.Tensor
     """float32 [R, T], of the logits, or NaN"""
     tile_best: torch.Tensor
@@ -65,15 +90,27 @@ class SamplingWorkspace(NamedTuple):
     """float64 [R, T]: the best d + noise of the head"""
     tile_race_token: torch.Tensor
     """int32 [R, T]"""
-    tile_weight: torch.Tensor
-    """int64 [R, T], of tokens kept by min_p"""
+    tile_tail_race: torch.Tensor
+    """float64 [R, T], of the tail"""
+    tile_tail_race_token: torch.Tensor
+    """int32 [R, T]"""
     tile_tail_weight: torch.Tensor
-    """int64 [R, T], of those among them in the tail"""
+    """int64 [R, T]"""
+    states: torch.Tensor
+    """int64 [R, 8], see `sampling_floor_triton`"""
+    arrivals: torch.Tensor
+    """int32 [R]: programs of a pass that have added to the sums"""
+    piece_nums: torch.Tensor
+    """int32 [R, 16]"""
+    piece_weights: torch.Tensor
+    """int64 [R, 16]"""
+    bin_nums: torch.Tensor
+    """int32 [R, 2048]"""
+    bin_weights: torch.Tensor
+    """int64 [R, 2048]"""
     list_lengths: torch.Tensor
-    """int32 [R]; also counts what found no room"""
-    list_values: torch.Tensor
-    """float32 [R, C]"""
-    list_tokens: torch.Tensor
+    """int32 [R]"""
+    list_keys: torch.Tensor
     """int32 [R, C]"""
 
     @classmethod
@@ -83,26 +120,32 @@ class SamplingWorkspace(NamedTuple):
         vocab_size: int,
         device: torch.device | str,
         tile: int = TILE,
-        max_candidates: int = MAX_CANDIDATES,
+        max_listed: int = MAX_LISTED,
     ) -> "SamplingWorkspace":
-        """Allocate for up to R rows; 4 V + 8 C bytes each, and little else."""
+        """Allocate for up to R rows; 4 V + 4 C + 24 Ki bytes each, and little else."""
         num_tiles = triton.cdiv(vocab_size, tile)
 
         def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+            return torch.empty((num_rows, *shape), dtype=dtype, device=device)
 
         return cls(
-            scores=empty(torch.float32, num_rows, vocab_size),
-            tile_largest=empty(torch.float32, num_rows, num_tiles),
-            tile_best=empty(torch.float32, num_rows, num_tiles),
-            tile_best_token=empty(torch.int32, num_rows, num_tiles),
-            tile_race=empty(torch.float64, num_rows, num_tiles),
-            tile_race_token=empty(torch.int32, num_rows, num_tiles),
-            tile_weight=empty(torch.int64, num_rows, num_tiles),
-            tile_tail_weight=empty(torch.int64, num_rows, num_tiles),
-            list_lengths=empty(torch.int32, num_rows),
-            list_values=empty(torch.float32, num_rows, max_candidates),
-            list_tokens=empty(torch.int32, num_rows, max_candidates),
+            scores=empty(torch.float32, vocab_size),
+            tile_largest=empty(torch.float32, num_tiles),
+            tile_best=empty(torch.float32, num_tiles),
+            tile_best_token=empty(torch.int32, num_tiles),
+            tile_race=empty(torch.float64, num_tiles),
+            tile_race_token=empty(torch.int32, num_tiles),
+            tile_tail_race=empty(torch.float64, num_tiles),
+            tile_tail_race_token=empty(torch.int32, num_tiles),
+            tile_tail_weight=empty(torch.int64, num_tiles),
+            states=empty(torch.int64, STATE_WIDTH),
+            arrivals=empty(torch.int32),
+            piece_nums=empty(torch.int32, NUM_PIECES),
+            piece_weights=empty(torch.int64, NUM_PIECES),
+            bin_nums=empty(torch.int32, NUM_BINS),
+            bin_weights=empty(torch.int64, NUM_BINS),
+            list_lengths=empty(torch.int32),
+            list_keys=empty(torch.int32, max_listed),
         )
 
 
@@ -116,47 +159,56 @@ def sample_triton(
     *,
     allowed_mask: torch.Tensor | None = None,
     any_random: bool = True,
+    any_filtered: bool = True,
     tile: int = TILE,
 ) -> None:
     """Sample one token a row into `out`, and count it into `slots` if its slot has penalties.
 
     `logits` is [R, V], rows of any stride, and not changed; `row_slots` and `indices` (output
     index) are int32 [R]; a row of slot -1 does nothing. `allowed_mask` is int32 [R, ceil(V / 32)]
-    as for the sampler. `any_random=False` promises that every slot is greedy. A slot with
-    penalties has one row. Sizes and the options are of the launch, all else is read on the device,
-    so that a launch can be captured. `workspace` was allocated with `tile`.
+    as for the sampler. `any_random=False` promises that every slot is greedy, and
+    `any_filtered=False` that none has top_k or top_p. A slot with penalties has one row. Sizes and
+    the options are of the launch, all else is read on the device, so that a launch can be captured.
+    `workspace` was allocated with `tile`.
     """
     num_rows, vocab_size = _check(logits, row_slots, indices, slots, out, allowed_mask)
     _check_room(workspace, slots, num_rows, vocab_size, tile)
     if num_rows == 0:
         return
     num_tiles = triton.cdiv(vocab_size, tile)
-    row_arguments = (logits, logits.stride(0), row_slots, indices, slots)
     prepare_kernel[(num_rows, num_tiles)](
-        *row_arguments,
+        logits,
+        logits.stride(0),
+        row_slots,
+        indices,
+        slots,
         slots.edits.stride(0),
         allowed_mask,
         0 if allowed_mask is None else allowed_mask.stride(0),
         workspace,
         vocab_size,
         NUM_TILES=num_tiles,
+        BINS_BLOCK=triton.next_power_of_2(triton.cdiv(NUM_BINS, num_tiles)),
         TILE=tile,
         # As PyTorch, which rounds each product.
         enable_fp_fusion=False,
+        **_PREPARE,
     )
-    sizes = {
-        "HAS_MASK": allowed_mask is not None,
-        "NUM_TILES": num_tiles,
-        "TILES_BLOCK": triton.next_power_of_2(num_tiles),
-        "MAX_CANDIDATES": workspace.list_values.shape[1],
-    }
+    tiles = {"NUM_TILES": num_tiles, "TILES_BLOCK": triton.next_power_of_2(num_tiles)}
+    scored = tiles | {"HAS_MASK": allowed_mask is not None, "TILE": tile}
+    # With few rows a program has one tile, with many it has several.
+    shared = (num_rows, min(num_tiles, triton.cdiv(_NUM_PROGRAMS, num_rows)))
+    if any_random and any_filtered:
+        search = scored | {"MAX_LISTED": workspace.list_keys.shape[1]}
+        searched = (logits, logits.stride(0), row_slots, slots, workspace, vocab_size)
+        divide_kernel[shared](*searched, **search, **_DIVIDE)
+        for _ in range(NUM_PASSES):
+            narrow_kernel[shared](*searched, **search, **_NARROW)
     if any_random:
-        scan_kernel[(num_rows, num_tiles)](
-            *row_arguments, workspace, vocab_size, **sizes, TILE=tile
-        )
-    finish_kernel[(num_rows,)](
-        *row_arguments, workspace, out, vocab_size, **sizes, ANY_RANDOM=any_random, num_warps=8
-    )
+        raced = (logits, logits.stride(0), row_slots, indices, slots, workspace, vocab_size)
+        race_kernel[shared](*raced, **scored, **_RACE)
+    finished = (row_slots, indices, slots, workspace, out, vocab_size)
+    finish_kernel[(num_rows,)](*finished, **tiles, ANY_RANDOM=any_random, **_FINISH)
 
 
 def _check(
@@ -193,6 +245,8 @@ def _check_room(
 ) -> None:
     room, width = workspace.scores.shape
     num_tiles = workspace.tile_best.shape[1]
+    if tile > MAX_TILE or tile % 4 or tile & (tile - 1):
+        raise ValueError(f"a tile must be a power of two from 4 to {MAX_TILE}, got {tile}")
     if room < num_rows or width != vocab_size or num_tiles != triton.cdiv(vocab_size, tile):
         raise ValueError(
             f"the workspace is for {room} rows of {width} tokens in {num_tiles} tiles, and "

@@ -78,6 +78,7 @@ class GpuSampler:
         self._logprobs = _token_logprobs(self._words, max_num_samples)
         # Per slot, of the steps to come.
         self._is_random = np.zeros(max_num_slots, np.bool_)
+        self._is_filtered = np.zeros(max_num_slots, np.bool_)
         self._wants_logprobs = np.zeros(max_num_slots, np.bool_)
 
     @property
@@ -106,9 +107,8 @@ class GpuSampler:
     def encode_starts(self, starts: Sequence[SlotStart]) -> Int32Array:
         """Return the words by which `start` gives slots to sequences, which may have output.
 
-        Called for each step's starts in order, as `any_random` and `wants_logprobs` are of the
-        slots as they are from then on. Raises ValueError, with nothing changed, for what cannot be
-        started.
+        Called for each step's starts in order, as `any_random` and its like are of the slots as
+        they are from then on. Raises ValueError, with nothing changed, for what cannot be started.
         """
         for start in starts:
             check_start(start, self._max_num_slots)
@@ -120,7 +120,11 @@ class GpuSampler:
                 )
         words = encode_starts(starts, self._vocab_size, self._eos_token_ids, self._max_edits)
         for start in starts:
-            self._is_random[start.slot] = not start.sampling.is_greedy
+            sampling = start.sampling
+            self._is_random[start.slot] = not sampling.is_greedy
+            self._is_filtered[start.slot] = not sampling.is_greedy and (
+                sampling.top_p < 1.0 or 0 < sampling.top_k < self._vocab_size
+            )
             self._wants_logprobs[start.slot] = start.sampling.logprobs is not None
         return words
 
@@ -131,6 +135,10 @@ class GpuSampler:
     def any_random(self, slots: Int32Array) -> bool:
         """Whether some slot does not take the likeliest token always."""
         return bool(self._is_random[slots].any())
+
+    def any_filtered(self, slots: Int32Array) -> bool:
+        """Whether some slot draws at random within top_k or top_p."""
+        return bool(self._is_filtered[slots].any())
 
     def wants_logprobs(self, slots: Int32Array) -> bool:
         """Whether a step that samples these slots needs `logprobs`."""
@@ -143,14 +151,15 @@ class GpuSampler:
         indices: torch.Tensor,
         *,
         any_random: bool = True,
+        any_filtered: bool = True,
     ) -> SampledRows:
         """Sample one token a row and count it into its slot; can be captured in a graph.
 
         `logits` is [S, V] with rows of any stride and is not changed; `row_slots` and `indices`
         (output index) are int32 [S] on the device. A row of slot -1 does nothing. A slot with
-        penalties has one row. `any_random=False` promises what `any_random` said of the slots.
-        Returns views of the results, which the next call overwrites; a token that could not be
-        sampled is -1.
+        penalties has one row. `any_random=False` promises what `any_random` said of the slots,
+        and `any_filtered=False` what `any_filtered` did. Returns views of the results, which the
+        next call overwrites; a token that could not be sampled is -1.
         """
         if logits.dtype != self._logits_dtype:
             raise ValueError(f"logits are {logits.dtype}, the sampler's {self._logits_dtype}")
@@ -162,6 +171,7 @@ class GpuSampler:
             self._sampled,
             self._workspace,
             any_random=any_random,
+            any_filtered=any_filtered,
         )
         return SampledRows(*(tensor[: len(logits)] for tensor in self._sampled))
 

@@ -1,113 +1,24 @@
 """Kernels choose the tokens of the CPU's sampler, from the same logits and random words."""
 
-import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from triton_device import device, poisoned
+from sampling_driver import MAX_EDITS, Case, SamplingDriver, make_logits
+from triton_device import device
 
 from paceline.engine.cpu.random_stream import RandomStreams
-from paceline.engine.cpu.sampler import Sampler
-from paceline.engine.gpu.slot_words import encode_starts
-from paceline.engine.step_plan import SlotStart
 from paceline.kernels.gumbel_triton import TAIL_DRAW, random_words_triton
 from paceline.kernels.sampling_finish_triton import (
     STATUS_NONE_ALLOWED,
     STATUS_NOT_FINITE,
     STATUS_OK,
 )
-from paceline.kernels.sampling_slots_triton import SamplingSlots, start_slots_triton
-from paceline.kernels.sampling_triton import SampledRows, SamplingWorkspace, sample_triton
+from paceline.kernels.sampling_slots_triton import SamplingSlots
 from paceline.sampling_params import SamplingParams
 
-EOS = (2, 3)
 VOCAB_SIZE = 120
-TILE = 64
-MAX_CANDIDATES = 64
-MAX_EDITS = 8
-
-
-@dataclasses.dataclass
-class Case:
-    """One row: its parameters and what came before."""
-
-    sampling: SamplingParams
-    prompt: tuple[int, ...] = (0,)
-    output: tuple[int, ...] = ()
-    choice: int = 0
-
-
-class Driver:
-    """Samples the same cases with the kernels, and with the sampler on the CPU."""
-
-    def __init__(self, cases: Sequence[Case], vocab_size: int) -> None:
-        self.cases, self.vocab_size = cases, vocab_size
-        num = len(cases)
-        self.slots = SamplingSlots.allocate(num, vocab_size, MAX_EDITS, device())
-        self.workspace = SamplingWorkspace.allocate(num, vocab_size, device(), TILE, MAX_CANDIDATES)
-        for tensor in self.workspace:
-            tensor.fill_(math.nan if tensor.is_floating_point() else -(2**30))
-        self.sampler = Sampler(num, vocab_size, EOS, "cpu")
-        starts = [
-            SlotStart(
-                slot,
-                case.sampling,
-                case.choice,
-                np.array(case.prompt, np.int32),
-                np.array(case.output, np.int32),
-            )
-            for slot, case in enumerate(cases)
-        ]
-        words = encode_starts(starts, vocab_size, EOS, MAX_EDITS)
-        start_slots_triton(torch.from_numpy(words).to(device()), num, self.slots)
-        for start in starts:
-            self.sampler.start(start)
-
-    def sample(
-        self,
-        logits: torch.Tensor,
-        indices: Sequence[int],
-        allowed_mask: torch.Tensor | None = None,
-        row_slots: Sequence[int] | None = None,
-        any_random: bool = True,
-    ) -> SampledRows:
-        out = SampledRows(
-            torch.full((len(logits),), -7, dtype=torch.int32, device=device()),
-            torch.full((len(logits),), -7, dtype=torch.int32, device=device()),
-            poisoned((len(logits),), torch.float32),
-        )
-        row_slots = range(len(logits)) if row_slots is None else row_slots
-        sample_triton(
-            logits.to(device()),
-            torch.tensor(list(row_slots), dtype=torch.int32, device=device()),
-            torch.tensor(list(indices), dtype=torch.int32, device=device()),
-            self.slots,
-            out,
-            self.workspace,
-            allowed_mask=None if allowed_mask is None else allowed_mask.to(device()),
-            any_random=any_random,
-            tile=TILE,
-        )
-        return out
-
-    def expected(
-        self,
-        logits: torch.Tensor,
-        indices: Sequence[int],
-        allowed_mask: torch.Tensor | None = None,
-    ) -> list[int]:
-        slots = np.arange(len(logits), dtype=np.int32)
-        result = self.sampler.sample(logits, slots, np.array(indices, np.int32), allowed_mask)
-        tokens: list[int] = result.token_ids.tolist()
-        return tokens
-
-
-def make_logits(seed: int, num_rows: int, vocab_size: int, scale: float) -> torch.Tensor:
-    rng = np.random.default_rng(seed)
-    return torch.from_numpy(rng.normal(size=(num_rows, vocab_size)).astype(np.float32) * scale)
 
 
 def make_mask(seed: int, num_rows: int, vocab_size: int) -> torch.Tensor:
@@ -141,7 +52,7 @@ def test_words_and_noise_are_those_of_the_engine() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab_size", [1, 2, 64, 65, 1000])
 def test_greedy_is_the_first_of_equals(vocab_size: int, dtype: torch.dtype) -> None:
-    driver = Driver([Case(SamplingParams(temperature=0.0))] * 6, vocab_size)
+    driver = SamplingDriver([Case(SamplingParams(temperature=0.0))] * 6, vocab_size)
     logits = torch.randint(-2, 3, (6, vocab_size), generator=torch.Generator().manual_seed(1))
     wide = torch.cat([logits.to(dtype), torch.full((6, 3), 9.0, dtype=dtype)], dim=1)
     expected = [row.index(max(row)) for row in logits.tolist()]
@@ -174,7 +85,7 @@ def test_filtered_draws_are_the_samplers(scale: float, temperature: float, num_r
     logits = make_logits(seed, num_rows, VOCAB_SIZE, scale)
     # Values that tie, at the best and where filters end.
     logits[: num_rows // 2] = logits[: num_rows // 2].round(decimals=0 if scale > 1 else 1)
-    driver = Driver(cases, VOCAB_SIZE)
+    driver = SamplingDriver(cases, VOCAB_SIZE)
     indices = list(range(num_rows))
     out = driver.sample(logits, indices)
     assert out.token_ids.tolist() == driver.expected(logits, indices)
@@ -186,14 +97,16 @@ def test_draws_from_the_tail_are_the_samplers(filters: dict[str, float]) -> None
     logits = torch.cat([torch.zeros(1), -8.0001 - torch.arange(200) / 1000]).repeat(400, 1)
     seeds = range(400)
     every = [Case(SamplingParams(seed=seed, **filters)) for seed in seeds]
-    tokens = Driver(every, 201).expected(logits, [0] * 400)
-    unfiltered = Driver([Case(SamplingParams(seed=seed)) for seed in seeds], 201)
+    tokens = SamplingDriver(every, 201).expected(logits, [0] * 400)
+    unfiltered = SamplingDriver([Case(SamplingParams(seed=seed)) for seed in seeds], 201)
     whole_tail = unfiltered.expected(logits, [0] * 400)
     # Some where it wins, some where it would win if it were whole, and one where it never does.
     won = [row for row in seeds if tokens[row] > 0][:4]
     lost = [row for row in seeds if tokens[row] == 0 < whole_tail[row]][:3]
     some = [*won, *lost, whole_tail.index(0)]
-    out = Driver([every[row] for row in some], 201).sample(logits[: len(some)], [0] * len(some))
+    out = SamplingDriver([every[row] for row in some], 201).sample(
+        logits[: len(some)], [0] * len(some)
+    )
     assert out.token_ids.tolist() == [tokens[row] for row in some]
     assert len(won) >= 3
     assert len(lost) >= (1 if filters else 0)
@@ -225,7 +138,7 @@ def make_shaped_cases(vocab_size: int) -> list[Case]:
 def test_shaped_rows_are_the_samplers_over_several_steps(with_mask: bool) -> None:
     vocab_size = 100
     cases = make_shaped_cases(vocab_size)
-    driver = Driver(cases, vocab_size)
+    driver = SamplingDriver(cases, vocab_size)
     for step in range(3):
         # With ties, to see additions in another order.
         logits = make_logits(step, len(cases), vocab_size, 2.0).round(decimals=1)
@@ -241,7 +154,7 @@ def test_shaped_rows_are_the_samplers_over_several_steps(with_mask: bool) -> Non
 def test_only_the_rows_that_change_are_written_to_scores() -> None:
     plain = SamplingParams(temperature=0.2, seed=1, top_k=1, top_p=0.9)
     biased = SamplingParams(seed=1, logit_bias=((5, 1.0),))
-    driver = Driver([Case(plain), Case(biased), Case(SamplingParams(temperature=0.0))], 100)
+    driver = SamplingDriver([Case(plain), Case(biased), Case(SamplingParams(temperature=0.0))], 100)
     driver.sample(make_logits(1, 3, 100, 3.0), [0, 0, 0])
     unwritten = driver.workspace.scores.isnan().all(dim=1)
     assert unwritten.tolist() == [True, False, True]
@@ -250,8 +163,8 @@ def test_only_the_rows_that_change_are_written_to_scores() -> None:
 def test_rows_without_a_slot_do_nothing_and_others_are_as_alone() -> None:
     cases = make_shaped_cases(150)[:4]
     logits = make_logits(9, 4, 150, 2.0)
-    together = Driver(cases, 150).sample(logits, [3] * 4).token_ids.tolist()
-    driver = Driver(cases, 150)
+    together = SamplingDriver(cases, 150).sample(logits, [3] * 4).token_ids.tolist()
+    driver = SamplingDriver(cases, 150)
     counts = driver.slots.counts.clone()
     rows = logits[[0, 2, 1, 0]]
     rows[1] = math.nan
@@ -262,7 +175,7 @@ def test_rows_without_a_slot_do_nothing_and_others_are_as_alone() -> None:
 
 def test_what_is_wrong_with_a_row_is_told_and_nothing_counted() -> None:
     penalised = SamplingParams(seed=1, presence_penalty=0.5)
-    driver = Driver([Case(penalised)] * 5, 100)
+    driver = SamplingDriver([Case(penalised)] * 5, 100)
     counts = driver.slots.counts.clone()
     logits = make_logits(4, 5, 100, 1.0)
     logits[0, 70] = math.nan
@@ -284,13 +197,13 @@ def test_what_is_wrong_with_a_row_is_told_and_nothing_counted() -> None:
 def test_the_noise_of_a_neighbouring_index_is_noticed() -> None:
     cases = [Case(SamplingParams(seed=seed)) for seed in range(6)]
     logits = make_logits(5, 6, 100, 0.5)
-    driver = Driver(cases, 100)
+    driver = SamplingDriver(cases, 100)
     wrong = driver.sample(logits, [6] * 6).token_ids.tolist()
     assert wrong != driver.expected(logits, [5] * 6)
 
 
 def test_what_the_kernels_cannot_do_is_refused() -> None:
-    driver = Driver([Case(SamplingParams(temperature=0.0))] * 2, 100)
+    driver = SamplingDriver([Case(SamplingParams(temperature=0.0))] * 2, 100)
     logits = make_logits(1, 2, 100, 1.0)
     with pytest.raises(ValueError, match="workspace is for 2 rows of 100 tokens"):
         driver.sample(logits[:, :90], [0, 0])

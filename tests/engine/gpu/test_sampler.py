@@ -73,8 +73,13 @@ class Driver:
             for values, padding in ((slots, -1), (indices, 0))
         )
         named = np.array(slots, np.int32)
-        any_random = self.sampler.any_random(named)
-        sampled = self.sampler.sample(on_device, row_slots, row_indices, any_random=any_random)
+        sampled = self.sampler.sample(
+            on_device,
+            row_slots,
+            row_indices,
+            any_random=self.sampler.any_random(named),
+            any_filtered=self.sampler.any_filtered(named),
+        )
         assert len(sampled.token_ids) == len(rows)
         with_logprobs = self.sampler.wants_logprobs(named)
         if with_logprobs:
