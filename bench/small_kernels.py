@@ -128,12 +128,7 @@ def sampling_case(shape: Shape, count: int, sampling: SamplingParams, device: st
     rows = torch.arange(count, dtype=torch.int32, device=device)
     xs = _rotated(shape, device, count, size)
     is_random = not sampling.is_greedy
-    slots = np.arange(count, dtype=np.int32)
-    sample = partial(
-        sampler.sample,
-        any_random=sampler.any_random(slots),
-        any_filtered=sampler.any_filtered(slots),
-    )
+    kind = sampler.kind_of(np.arange(count, dtype=np.int32))
 
     def theirs(x: torch.Tensor) -> object:
         if not is_random:
@@ -149,7 +144,7 @@ def sampling_case(shape: Shape, count: int, sampling: SamplingParams, device: st
         return scores.softmax(dim=-1).div_(noise).argmax(dim=-1)
 
     return Case(
-        [partial(sample, x, rows, rows) for x in xs],
+        [partial(sampler.sample, x, rows, rows, kind) for x in xs],
         [partial(theirs, x) for x in xs],
         xs[0].nbytes,
     )

@@ -3,6 +3,7 @@
 Everything that a step may compile is compiled here, so that no request waits for it.
 """
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from paceline.sampling_params import SamplingParams
 OTHER_CHUNKS = (24, 100, 400)
 """Lengths for which kernels other than attention choose tiles of their own."""
 GRAPH_BYTES = 32 << 20
-"""Of each graph beside its tensors: the launches of a few hundred kernels."""
+"""Of the graphs of each size beside their tensors: the launches of a few hundred kernels."""
 
 Timed = Callable[[str], AbstractContextManager[None]]
 """Enter around a step of the start-up checklist."""
@@ -110,8 +111,9 @@ def build_runner(
         runner, pool = build.make_runner(sampler, num_blocks)
     if captures:
         with timed(f"capture {runner.num_graphs} CUDA graphs"):
+            numbers = itertools.count(1)
             runner.capture_graphs(
-                lambda count: on_progress("Capturing CUDA graphs", count / runner.num_graphs)
+                lambda: on_progress("Capturing CUDA graphs", next(numbers) / runner.num_graphs)
             )
     return runner, pool, plan
 

@@ -39,7 +39,7 @@ class StepGraphs(Generic[Result]):
         return self.sizes[number] if number < len(self.sizes) else None
 
     def capture(
-        self, compute_of: Callable[[int], Callable[[], Result]], on_captured: Callable[[int], None]
+        self, compute_of: Callable[[int], Callable[[], Result]], on_captured: Callable[[], None]
     ) -> None:
         """Capture `compute_of(size)()` for every size, the largest first, so that it makes the pool
         of memory that the others fit into.
@@ -47,30 +47,35 @@ class StepGraphs(Generic[Result]):
         It must work on tensors that stay where they are, and wait for nothing.
         """
         pool = torch.cuda.graph_pool_handle() if self._is_cuda else None
-        for number, size in enumerate(reversed(self.sizes)):
-            compute = compute_of(size)
-            if self._is_cuda:
-                compute()  # compiles kernels and makes cuBLAS allocate, which capture forbids
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                # A collection could free a tensor of another stream, which capture forbids too.
-                gc.collect()
-                gc.disable()
-                try:
+        # A collection meanwhile could free a tensor of another stream, which capture forbids.
+        gc.collect()
+        gc.disable()
+        try:
+            for size in reversed(self.sizes):
+                compute = compute_of(size)
+                if self._is_cuda:
+                    compute()  # compiles kernels and makes cuBLAS allocate, which capture forbids
+                    torch.cuda.synchronize()
+                    graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph, pool=pool):
                         self._results[size] = compute()
-                finally:
-                    gc.enable()
-                self._graphs[size] = graph
-            else:
-                self._compute[size] = compute
-            on_captured(number + 1)
+                    self._graphs[size] = graph
+                else:
+                    self._compute[size] = compute
+                on_captured()
+        finally:
+            gc.enable()
 
     def replay(self, size: int) -> Result:
         """Launch a captured step; its result is in the same tensors each time."""
-        if not self._is_cuda:
-            return self._compute[size]()
-        self._graphs[size].replay()
+        if self._is_cuda:
+            self._graphs[size].replay()
+        else:
+            self._results[size] = self._compute[size]()
+        return self._results[size]
+
+    def result(self, size: int) -> Result:
+        """Return what the last replay of a size gave, or will give."""
         return self._results[size]
 
     def close(self) -> None:

@@ -5,18 +5,20 @@
 
 What sequences keep from step to step lives on the device by slot: block tables, the last sampled
 token, sampling parameters. Steps in which every row decodes are padded to one of a few sizes and
-replay a CUDA graph; the others are launched kernel by kernel.
+replay two CUDA graphs: of the layers, and of the kind of sampling that they need. The others are
+launched kernel by kernel.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from paceline.engine.gpu.graphs import StepGraphs, graph_sizes
 from paceline.engine.gpu.prefill_plan import PrefillPlan, PrefillPlanner, count_decode_rows
-from paceline.engine.gpu.sampler import GpuSampler
+from paceline.engine.gpu.sampler import SAMPLING_KINDS, GpuSampler, SamplingKind
 from paceline.engine.gpu.step_inputs import ChangeUpload, PinnedRing, RowShape, RowUpload
 from paceline.engine.gpu.step_kernels import GpuBatch, GpuStepKernels, KernelResources
 from paceline.engine.kv_pool import KvPool
@@ -33,12 +35,14 @@ from paceline.kernels.step_inputs_triton import (
 
 
 class Computed(NamedTuple):
-    """What a step's layers wrote, and the slots that it sampled; on the device."""
+    """What a step's layers wrote, and for whom it is sampled; on the device."""
 
     logits: torch.Tensor
     """[S, vocab_size]"""
     sample_slots: torch.Tensor
     """int32 [S]"""
+    sample_indices: torch.Tensor
+    """int32 [S] in the sequences' outputs"""
 
 
 class LaunchedStep(NamedTuple):
@@ -90,14 +94,18 @@ class GpuModelRunner:
         self._last_samples = empty(max_num_slots)
         self._row_tables = empty(max_num_slots, num_columns)
         self._token_ids = empty(self._max_num_tokens)
-        self._graphs: StepGraphs[Computed] = StepGraphs(graph_sizes(max_num_slots), device)
+        sizes = graph_sizes(max_num_slots)
+        self._layers: StepGraphs[Computed] = StepGraphs(sizes, device)
+        self._samplings: dict[SamplingKind, StepGraphs[None]] = {
+            kind: StepGraphs(sizes, device) for kind in SAMPLING_KINDS
+        }
         self._has_graphs = False
         self._resources: KernelResources | None = KernelResources(
             config,
             num_heads,
             pool.kv,
             max_model_len=max_model_len,
-            decode_sizes=self._graphs.sizes,
+            decode_sizes=sizes,
         )
         self._planner = PrefillPlanner(config, num_heads, pool.kv)
         self._rows = RowUpload(max_num_slots, self._max_num_tokens, sampler.max_num_samples, device)
@@ -106,17 +114,23 @@ class GpuModelRunner:
 
     @property
     def num_graphs(self) -> int:
-        return len(self._graphs.sizes)
+        return sum(len(graphs.sizes) for graphs in self._all_graphs())
 
-    def capture_graphs(self, on_captured: Callable[[int], None] = lambda count: None) -> None:
+    def capture_graphs(self, on_captured: Callable[[], None] = lambda: None) -> None:
         """Capture decode steps; from then on they are replayed. Called before the first step.
 
         Raises what the device raises, its lack of memory for one.
         """
         with torch.inference_mode():
             self._rows.clear()  # each is launched once before it is captured
-            self._graphs.capture(self._decode_step_of, on_captured)
+            self._layers.capture(self._layers_of, on_captured)
+            for kind, graphs in self._samplings.items():
+                graphs.capture(partial(self._sampling_of, kind), on_captured)
         self._has_graphs = True
+
+    def _all_graphs(self) -> Iterator[StepGraphs[Any]]:
+        yield self._layers
+        yield from self._samplings.values()
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """Begin a step. An error before it was begun is kept for `result`."""
@@ -130,7 +144,8 @@ class GpuModelRunner:
         """Let go of the pool and of the graphs that read it."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self._graphs.close()
+        for graphs in self._all_graphs():
+            graphs.close()
         self._has_graphs = False
         self._pool = self._resources = None
 
@@ -218,21 +233,39 @@ class GpuModelRunner:
 
     def _compute_decode(self, plan: StepPlan) -> Computed:
         """Compute a step of one sampled token a row, padded to a size that has a graph."""
-        size = self._graphs.size_for(len(plan.slots))
+        size = self._layers.size_for(len(plan.slots))
         assert size is not None  # the largest is max_num_slots, which was checked
         self._rows.pack(plan, size - len(plan.slots))
-        return self._graphs.replay(size) if self._has_graphs else self._decode_step_of(size)()
+        kind = self._sampler.kind_of(plan.sample_slots)
+        if self._has_graphs:
+            computed = self._layers.replay(size)
+            self._samplings[kind].replay(size)
+        else:
+            computed = self._layers_of(size)()
+            self._sample(computed, kind)
+        return computed
 
-    def _decode_step_of(self, size: int) -> Callable[[], Computed]:
-        """Return the launch of a decode step of so many rows, from what is packed by then."""
+    def _layers_of(self, size: int) -> Callable[[], Computed]:
+        """Return the launch of a decode step's layers, from what is packed by then."""
         shape = RowShape(size, size, size)
         return lambda: self._run(shape, num_decode_rows=size, prefill=None, every_token=True)
+
+    def _sampling_of(self, kind: SamplingKind, size: int) -> Callable[[], None]:
+        """Return the launch of the sampling behind the layers of that size."""
+        return lambda: self._sample(self._layers.result(size), kind)
 
     def _compute(self, plan: StepPlan) -> Computed:
         num_decode_rows = count_decode_rows(plan)
         prefill = self._planner.plan(plan, num_decode_rows)
         shape = self._rows.pack(plan, tiles=None if prefill is None else prefill.entries)
-        return self._run(shape, num_decode_rows, prefill, every_token=False)
+        computed = self._run(shape, num_decode_rows, prefill, every_token=False)
+        self._sample(computed, self._sampler.kind_of(plan.sample_slots))
+        return computed
+
+    def _sample(self, computed: Computed, kind: SamplingKind) -> None:
+        """Choose the tokens, and keep them for the steps to come."""
+        samples = self._sampler.sample(*computed, kind)
+        keep_samples_triton(self._last_samples, computed.sample_slots, samples.token_ids)
 
     def _run(
         self, shape: RowShape, num_decode_rows: int, prefill: PrefillPlan | None, every_token: bool
@@ -259,7 +292,7 @@ class GpuModelRunner:
             lengths=arrays.lengths,
             offsets=arrays.offsets,
             num_decode_rows=num_decode_rows,
-            decode_size=self._graphs.size_for(num_decode_rows) or num_decode_rows,
+            decode_size=self._layers.size_for(num_decode_rows) or num_decode_rows,
             prefill=None
             if prefill is None
             else TileTable(prefill.tiles, self._rows.tiles(shape, len(prefill.entries))),
@@ -267,9 +300,7 @@ class GpuModelRunner:
         )
         assert self._resources is not None  # a closed runner launches nothing
         logits = self._model.forward(GpuStepKernels(self._resources, batch))
-        samples = self._sampler.sample(logits, arrays.sample_slots, arrays.sample_indices)
-        keep_samples_triton(self._last_samples, arrays.sample_slots, samples.token_ids)
-        return Computed(logits, arrays.sample_slots)
+        return Computed(logits, arrays.sample_slots, arrays.sample_indices)
 
 
 def _only_decodes(plan: StepPlan) -> bool:

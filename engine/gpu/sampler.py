@@ -39,6 +39,22 @@ _SAMPLE_WORDS = 3
 _LOGPROBS_WORDS = 2 + 2 * MAX_LOGPROBS
 
 
+class SamplingKind(NamedTuple):
+    """Which kernels of sampling a step needs; the others would only find that they are not."""
+
+    any_random: bool
+    """Some slot does not take the likeliest token always."""
+    any_filtered: bool
+    """Some slot draws at random within top_k or top_p."""
+
+
+SAMPLING_KINDS = (
+    SamplingKind(False, False),
+    SamplingKind(True, False),
+    SamplingKind(True, True),
+)
+
+
 class StepSamples(NamedTuple):
     """What a step sampled, on the host."""
 
@@ -97,8 +113,8 @@ class GpuSampler:
         device = self._words.device
         logits = torch.zeros((1, self._vocab_size), dtype=self._logits_dtype, device=device)
         no_slot = torch.full((1,), -1, dtype=torch.int32, device=device)
-        for any_random in (False, True):
-            self.sample(logits, no_slot, no_slot, any_random=any_random)
+        for kind in SAMPLING_KINDS:
+            self.sample(logits, no_slot, no_slot, kind)
         self.logprobs(logits, no_slot)
         words = np.zeros(1, START)
         words["slot"] = -1
@@ -107,8 +123,8 @@ class GpuSampler:
     def encode_starts(self, starts: Sequence[SlotStart]) -> Int32Array:
         """Return the words by which `start` gives slots to sequences, which may have output.
 
-        Called for each step's starts in order, as `any_random` and its like are of the slots as
-        they are from then on. Raises ValueError, with nothing changed, for what cannot be started.
+        Called for each step's starts in order, as `kind_of` and its like are of the slots as they
+        are from then on. Raises ValueError, with nothing changed, for what cannot be started.
         """
         for start in starts:
             check_start(start, self._max_num_slots)
@@ -132,13 +148,11 @@ class GpuSampler:
         """Give slots to sequences; `words` are those of `encode_starts`, on the device."""
         start_slots_triton(words, num_starts, self._slots)
 
-    def any_random(self, slots: Int32Array) -> bool:
-        """Whether some slot does not take the likeliest token always."""
-        return bool(self._is_random[slots].any())
-
-    def any_filtered(self, slots: Int32Array) -> bool:
-        """Whether some slot draws at random within top_k or top_p."""
-        return bool(self._is_filtered[slots].any())
+    def kind_of(self, slots: Int32Array) -> SamplingKind:
+        """Say what sampling these slots takes."""
+        return SamplingKind(
+            bool(self._is_random[slots].any()), bool(self._is_filtered[slots].any())
+        )
 
     def wants_logprobs(self, slots: Int32Array) -> bool:
         """Whether a step that samples these slots needs `logprobs`."""
@@ -149,17 +163,14 @@ class GpuSampler:
         logits: torch.Tensor,
         row_slots: torch.Tensor,
         indices: torch.Tensor,
-        *,
-        any_random: bool = True,
-        any_filtered: bool = True,
+        kind: SamplingKind,
     ) -> SampledRows:
         """Sample one token a row and count it into its slot; can be captured in a graph.
 
         `logits` is [S, V] with rows of any stride and is not changed; `row_slots` and `indices`
         (output index) are int32 [S] on the device. A row of slot -1 does nothing. A slot with
-        penalties has one row. `any_random=False` promises what `any_random` said of the slots,
-        and `any_filtered=False` what `any_filtered` did. Returns views of the results, which the
-        next call overwrites; a token that could not be sampled is -1.
+        penalties has one row. `kind` takes no less than `kind_of` the slots. Returns views of the
+        results, which the next call overwrites; a token that could not be sampled is -1.
         """
         if logits.dtype != self._logits_dtype:
             raise ValueError(f"logits are {logits.dtype}, the sampler's {self._logits_dtype}")
@@ -170,8 +181,8 @@ class GpuSampler:
             self._slots,
             self._sampled,
             self._workspace,
-            any_random=any_random,
-            any_filtered=any_filtered,
+            any_random=kind.any_random,
+            any_filtered=kind.any_filtered,
         )
         return SampledRows(*(tensor[: len(logits)] for tensor in self._sampled))
 

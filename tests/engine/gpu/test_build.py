@@ -54,8 +54,8 @@ def test_a_runner_is_built_in_the_steps_of_the_checklist(tmp_path: Path) -> None
     )
     assert [step.split()[0] for step in steps] == ["compile", "allocate", "capture"]
     assert "9 blocks" in steps[1]
-    assert "2 CUDA graphs" in steps[2]
-    assert shares == [0.5, 1.0]
+    assert "8 CUDA graphs" in steps[2]
+    assert shares == [number / 8 for number in range(1, 9)]
     assert pool.num_blocks == 9
     assert plan.graphs > 0
     warm_up(runner, 16)

@@ -10,7 +10,7 @@ import torch
 from triton_device import device
 
 from paceline.engine.cpu.sampler import SampledTokens, Sampler
-from paceline.engine.gpu.sampler import GpuSampler, StepSamples
+from paceline.engine.gpu.sampler import SAMPLING_KINDS, GpuSampler, StepSamples
 from paceline.engine.step_plan import SlotStart
 from paceline.errors import ConfigError, IntegrityError
 from paceline.kernels.sampling import MAX_VOCAB_SIZE
@@ -77,8 +77,7 @@ class Driver:
             on_device,
             row_slots,
             row_indices,
-            any_random=self.sampler.any_random(named),
-            any_filtered=self.sampler.any_filtered(named),
+            self.sampler.kind_of(named),
         )
         assert len(sampled.token_ids) == len(rows)
         with_logprobs = self.sampler.wants_logprobs(named)
@@ -248,7 +247,8 @@ def test_rows_that_pad_change_nothing() -> None:
     tensors = (*driver.sampler._slots, driver.sampler._words)
     before = [tensor.clone() for tensor in tensors]
     rows = torch.full((3,), -1, dtype=torch.int32, device=driver.device)
-    driver.sampler.sample(logits[[0, 1, 1]].to(driver.device), rows, rows)
+    for kind in SAMPLING_KINDS:
+        driver.sampler.sample(logits[[0, 1, 1]].to(driver.device), rows, rows, kind)
     assert all(map(torch.equal, before, tensors))
     driver.sampler.compile_kernels()
     assert all(map(torch.equal, before[:-1], tensors[:-1]))
@@ -387,7 +387,7 @@ def test_wrong_arguments_are_errors_with_their_numbers() -> None:
         driver.start(make_start(6, GREEDY))
     with pytest.raises(ValueError, match="slot 1 samples at random and has no seed"):
         driver.start(make_start(0, RANDOM), make_start(1, SamplingParams()))
-    assert not driver.sampler.any_random(np.array([0], np.int32))
+    assert not driver.sampler.kind_of(np.array([0], np.int32)).any_random
     with pytest.raises(ValueError, match="log-probabilities of 21 tokens, at most 20"):
         driver.start(make_start(0, dataclasses.replace(GREEDY, logprobs=21)))
     with pytest.raises(ValueError, match=r"are torch\.float16, the sampler's torch\.float32"):
