@@ -8,8 +8,6 @@ from typing import Protocol
 
 import torch
 
-from paceline.kernels.normed_rows import NormedRows
-
 
 class StepKernels(Protocol):
     """Operations over the T tokens of one step, in row order. Called in the order of the layers."""
@@ -17,28 +15,24 @@ class StepKernels(Protocol):
     def embed(self, table: torch.Tensor) -> torch.Tensor:
         """Return the tokens' rows of the table, [T, hidden]."""
 
-    def rms_norm(self, stream: torch.Tensor, norm: torch.Tensor) -> NormedRows:
-        """Return the RMS norm of each row, with this weight."""
-
     def linear(
-        self, x: torch.Tensor | NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return x W^T + b."""
-
-    def gated_linear(
-        self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return silu(g) * u, where g and u are the halves of x W^T + b."""
-
-    def add_linear(
         self,
-        stream: torch.Tensor,
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        norm: torch.Tensor,
-    ) -> NormedRows:
-        """Add x W^T + b to the residual stream in place; return the norm of the stream's rows."""
+        *,
+        norm: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return x W^T + b, of the rows' RMS norm with this weight if there is one.
+
+        With `residual` that is added to it in place, and it is what is returned.
+        """
+
+    def gated_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor
+    ) -> torch.Tensor:
+        """Return silu(g) * u, where g and u are the halves of norm(x) W^T + b."""
 
     def attend(
         self,

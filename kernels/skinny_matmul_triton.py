@@ -3,9 +3,6 @@
     plain        y [M, N]   = x W^T + b
     gated        y [M, N/2] = silu(g) * u       where g, u are the halves of x W^T + b
     residual     r is added to y, last
-    norm         y times the weight of the norm that follows goes to a place of its own, with the
-                 squares of each tile: see `paceline.kernels.normed_rows`
-    squares      those of x, whose rows are without their factors: x W^T is multiplied by them
 
     x [M, K], weight [N, K], bias [N], residual as y -> y; all float32, float16 or bfloat16
 
@@ -30,15 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from paceline.kernels.normed_rows import NormedRows
 from paceline.kernels.prefetch_triton import prefetch_l2
-from paceline.kernels.skinny_checks import (
-    check_like,
-    check_norms,
-    check_operands,
-    check_pieces,
-    check_workspace,
-)
 from paceline.kernels.skinny_tiles import (
     LINE_BYTES,
     SkinnyTiles,
@@ -46,6 +35,8 @@ from paceline.kernels.skinny_tiles import (
     choose_tiles,
     workspace_size,
 )
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def skinny_matmul_triton(
@@ -56,10 +47,6 @@ def skinny_matmul_triton(
     gated: bool = False,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    squares: torch.Tensor | None = None,
-    eps: float = 0.0,
-    norm: torch.Tensor | None = None,
-    normed: NormedRows | None = None,
     workspace: SkinnyWorkspace | None = None,
     tiles: SkinnyTiles | None = None,
 ) -> torch.Tensor:
@@ -68,20 +55,16 @@ def skinny_matmul_triton(
     Rows of any stride, elements of a row beside each other. `out` may be `residual`, and neither
     may overlap anything else. A split product needs `workspace`, or allocates one, which costs a
     fill kernel. Raises ValueError for what the kernel cannot do.
-
-    squares, eps: of the norm of x. norm: weight [N] of the norm that follows, written to `normed`,
-    which `allocate_normed` makes; float16 is refused, since y times it may be too large.
     """
-    check_operands(x, weight, bias, gated)
+    _check(x, weight, bias, gated)
     num_rows, inner = x.shape
     num_outputs = weight.shape[0]
     width = num_outputs // 2 if gated else num_outputs
     if out is None:
         out = x.new_empty((num_rows, width))
-    check_like("out", out, (num_rows, width), x)
+    _check_like("out", out, (num_rows, width), x)
     if residual is not None:
-        check_like("residual", residual, (num_rows, width), x)
-    check_norms(x, squares, out, norm, normed)
+        _check_like("residual", residual, (num_rows, width), x)
     if num_rows == 0:
         return out
     if tiles is None:
@@ -89,9 +72,7 @@ def skinny_matmul_triton(
     num_partials, num_tiles = workspace_size(num_rows, num_outputs, tiles, gated)
     if workspace is None:
         workspace = SkinnyWorkspace.allocate(num_partials, num_tiles, x.device)
-    check_workspace(workspace, num_partials, num_tiles)
-    if normed is not None:
-        check_pieces(normed, tiles, num_rows, width)
+    _check_workspace(workspace, num_partials, num_tiles)
     grid = (
         triton.cdiv(num_rows, tiles.block_m),
         triton.cdiv(width, tiles.block_n),
@@ -105,24 +86,17 @@ def skinny_matmul_triton(
         bias,
         residual,
         out,
-        squares,
-        norm,
-        None if normed is None else normed.rows,
-        None if normed is None else normed.squares,
         workspace.partials,
         workspace.counters,
         num_rows,
         width,
         inner,
         width * weight.stride(0),
-        eps,
         x.stride(0),
         weight.stride(0),
         0 if residual is None else residual.stride(0),
         out.stride(0),
         GATED=gated,
-        NUM_SQUARES=0 if squares is None else squares.shape[0],
-        SQUARES_BLOCK=1 if squares is None else triton.next_power_of_2(squares.shape[0]),
         NUM_SPLITS=tiles.num_splits,
         WEIGHT_FIRST=tiles.weight_first,
         EVEN=width % tiles.block_n == 0 and inner % (tiles.block_k * tiles.num_splits) == 0,
@@ -140,12 +114,54 @@ def skinny_matmul_triton(
     return out
 
 
-def allocate_normed(out: torch.Tensor, tiles: SkinnyTiles) -> NormedRows:
-    """Allocate for the normed rows of a product that writes `out`."""
-    num_rows, width = out.shape
-    num_pieces = triton.cdiv(width, tiles.block_n)
-    squares = torch.empty((num_pieces, num_rows), dtype=torch.float32, device=out.device)
-    return NormedRows(torch.empty_like(out, memory_format=torch.contiguous_format), squares)
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool) -> None:
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or not x.shape[1]:
+        raise ValueError(
+            f"x {list(x.shape)} and weight {list(weight.shape)} must be [M, K] and [N, K], K > 0"
+        )
+    if x.dtype not in DTYPES or weight.dtype != x.dtype:
+        raise ValueError(
+            f"x is {x.dtype} and weight {weight.dtype}; both must be the same of {DTYPES}"
+        )
+    if x.stride(1) != 1 or weight.stride(1) != 1:
+        raise ValueError(
+            f"elements of a row must lie beside each other; the strides are {x.stride()} of x and "
+            f"{weight.stride()} of weight"
+        )
+    if gated and weight.shape[0] % 2:
+        raise ValueError(f"gate and up must be of one size, got {weight.shape[0]} together")
+    if bias is not None and (
+        bias.shape != weight.shape[:1] or bias.dtype != x.dtype or not bias.is_contiguous()
+    ):
+        raise ValueError(
+            f"bias must be contiguous {x.dtype} [{weight.shape[0]}], got {bias.dtype} "
+            f"{list(bias.shape)} of strides {bias.stride()}"
+        )
+
+
+def _check_like(name: str, tensor: torch.Tensor, shape: tuple[int, int], x: torch.Tensor) -> None:
+    if tensor.shape != shape or tensor.dtype != x.dtype or tensor.stride(1) != 1:
+        raise ValueError(
+            f"{name} must be {x.dtype} {list(shape)} with elements of a row beside each other, got "
+            f"{tensor.dtype} {list(tensor.shape)} of strides {tensor.stride()}"
+        )
+
+
+def _check_workspace(workspace: SkinnyWorkspace, num_partials: int, num_tiles: int) -> None:
+    partials, counters = workspace
+    if partials.dtype != torch.float32 or counters.dtype != torch.int32:
+        raise ValueError(
+            f"the workspace must be float32 and int32, got {partials.dtype}, {counters.dtype}"
+        )
+    if not (partials.is_contiguous() and counters.is_contiguous()):
+        raise ValueError("the workspace must be contiguous")
+    if partials.numel() < num_partials or counters.numel() < num_tiles:
+        raise ValueError(
+            f"the workspace has {partials.numel()} partial sums and {counters.numel()} counters; "
+            f"the product needs {num_partials} and {num_tiles}"
+        )
+    if num_partials >= 2**31:
+        raise ValueError(f"{num_partials} partial sums are too many for 32-bit offsets")
 
 
 @triton.jit
@@ -190,24 +206,17 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
     bias,
     residual,
     out,
-    squares,
-    norm,
-    normed,
-    normed_squares,
     partials,
     counters,
     num_rows,
     width,
     inner,
     up_offset,
-    eps,
     x_stride,
     weight_stride,
     residual_stride,
     out_stride,
     GATED: tl.constexpr,
-    NUM_SQUARES: tl.constexpr,
-    SQUARES_BLOCK: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
     EVEN: tl.constexpr,
@@ -246,12 +255,6 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
             if GATED:
                 prefetch_l2(weight + up_offset + own_rows + ahead[None, :])
         tl.extra.cuda.gdc_wait()  # x, residual and the workspace belong to the kernels ahead
-    pieces = tl.arange(0, SQUARES_BLOCK)
-    piece_squares = tl.zeros((SQUARES_BLOCK, BLOCK_M), tl.float32)
-    if squares is not None:  # needed at the end, so that nothing waits for them there
-        exists = (pieces < NUM_SQUARES)[:, None] & (rows < num_rows)[None, :]
-        square_places = squares + pieces[:, None] * num_rows + rows[None, :]
-        piece_squares = tl.load(square_places, mask=exists, other=0.0)
     for k in range(start, tl.minimum(start + part, inner), BLOCK_K):
         inside = (k + steps < inner)[None, :]
         # The weight is read once, x by every program.
@@ -289,10 +292,6 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
             if GATED:
                 up_sums = _add_splits(first + width, split_stride, mask, NUM_SPLITS)
     if is_last:
-        if squares is not None:
-            factors = tl.rsqrt(tl.sum(piece_squares, axis=0) / inner + eps)[:, None]
-            sums *= factors
-            up_sums *= factors
         if bias is not None:
             addend = tl.load(bias + columns, mask=columns < width, other=0.0)
             sums += addend.to(tl.float32)[None, :]
@@ -305,12 +304,4 @@ def _skinny_matmul_kernel(  # type: ignore[no-untyped-def]
             kept = residual + rows.to(tl.int64)[:, None] * residual_stride + columns[None, :]
             sums += tl.load(kept, mask=mask, other=0.0).to(tl.float32)
         places = out + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
-        rounded = sums.to(out.dtype.element_ty)
-        tl.store(places, rounded, mask=mask)
-        if norm is not None:
-            wide = tl.where(mask, rounded.to(tl.float32), 0.0)
-            scale = tl.load(norm + columns, mask=columns < width, other=0.0).to(tl.float32)
-            normed_places = normed + rows.to(tl.int64)[:, None] * width + columns[None, :]
-            tl.store(normed_places, (wide * scale[None, :]).to(out.dtype.element_ty), mask=mask)
-            piece = normed_squares + tl.program_id(1) * num_rows + rows
-            tl.store(piece, tl.sum(wide * wide, axis=1), mask=rows < num_rows)
+        tl.store(places, sums.to(out.dtype.element_ty), mask=mask)

@@ -7,7 +7,6 @@ from paceline.engine.cpu.step_batch import StepBatch
 from paceline.engine.model_config import ModelConfig
 from paceline.engine.rope import inverse_frequencies
 from paceline.kernels.decode_attention import decode_attention
-from paceline.kernels.normed_rows import NormedRows
 from paceline.kernels.prefill_attention import prefill_attention
 from paceline.kernels.rms_norm import rms_norm
 from paceline.kernels.rope_kv_write import rope_kv_write, rope_tables
@@ -37,28 +36,24 @@ class CpuStepKernels:
     def embed(self, table: torch.Tensor) -> torch.Tensor:
         return F.embedding(self._batch.token_ids, table)
 
-    def rms_norm(self, stream: torch.Tensor, norm: torch.Tensor) -> NormedRows:
-        return NormedRows(rms_norm(stream, norm, self._config.rms_norm_eps), None)
-
     def linear(
-        self, x: torch.Tensor | NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        return skinny_matmul(x.rows if isinstance(x, NormedRows) else x, weight, bias)
-
-    def gated_linear(
-        self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        return silu_mul(self.linear(x, weight, bias))
-
-    def add_linear(
         self,
-        stream: torch.Tensor,
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        norm: torch.Tensor,
-    ) -> NormedRows:
-        return self.rms_norm(stream.add_(self.linear(x, weight, bias)), norm)
+        *,
+        norm: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if norm is not None:
+            x = rms_norm(x, norm, self._config.rms_norm_eps)
+        y = skinny_matmul(x, weight, bias)
+        return y if residual is None else residual.add_(y)
+
+    def gated_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor
+    ) -> torch.Tensor:
+        return silu_mul(self.linear(x, weight, bias, norm=norm))
 
     def attend(
         self,

@@ -20,13 +20,12 @@ from paceline.kernels.decode_attention_triton import MAX_HEAD_DIM, rope_decode_a
 from paceline.kernels.decode_tiles import DecodeTiles, DecodeWorkspace
 from paceline.kernels.decode_tiles import choose_tiles as choose_decode_tiles
 from paceline.kernels.decode_tiles import workspace_size as decode_workspace_size
-from paceline.kernels.normed_rows import NormedRows
 from paceline.kernels.prefill_attention_triton import prefill_attention_triton
 from paceline.kernels.prefill_tiles import TileTable
 from paceline.kernels.rms_norm_triton import rms_norm_triton
 from paceline.kernels.rope_kv_write_triton import rope_cos_sin, rope_kv_write_triton
 from paceline.kernels.silu_mul_triton import silu_mul_triton
-from paceline.kernels.skinny_matmul_triton import allocate_normed, skinny_matmul_triton
+from paceline.kernels.skinny_matmul_triton import skinny_matmul_triton
 from paceline.kernels.skinny_tiles import (
     SkinnyTiles,
     SkinnyWorkspace,
@@ -176,70 +175,55 @@ class GpuStepKernels:
     def embed(self, table: torch.Tensor) -> torch.Tensor:
         return F.embedding(self._batch.token_ids, table)
 
-    def rms_norm(self, stream: torch.Tensor, norm: torch.Tensor) -> NormedRows:
-        launch_early = self._resources.launch_early
-        return NormedRows(rms_norm_triton(stream, norm, self._eps, launch_early=launch_early), None)
-
     def linear(
-        self, x: torch.Tensor | NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        rows = x if isinstance(x, NormedRows) else NormedRows(x, None)
-        if _is_skinny(rows.rows):
-            return self._skinny(rows, weight, bias, gated=False)
-        return F.linear(rows.rows, weight, bias)
-
-    def gated_linear(
-        self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        if _is_skinny(x.rows):
-            return self._skinny(x, weight, bias, gated=True)
-        return silu_mul_triton(F.linear(x.rows, weight, bias))
-
-    def add_linear(
         self,
-        stream: torch.Tensor,
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        norm: torch.Tensor,
-    ) -> NormedRows:
-        if not _is_skinny(x):
-            if bias is None:
-                stream.addmm_(x, weight.t())
-            else:
-                stream.add_(F.linear(x, weight, bias))
-            return self.rms_norm(stream, norm)
-        resources = self._resources
-        tiles = resources.skinny_tiles(x.shape[0], weight.shape, gated=False)
-        # Times the norm's weight alone, rows of float16 might be too large for it.
-        normed = None if x.dtype is torch.float16 else allocate_normed(stream, tiles)
-        skinny_matmul_triton(
-            x,
-            weight,
-            bias,
-            residual=stream,
-            out=stream,
-            norm=None if normed is None else norm,
-            normed=normed,
-            workspace=resources.skinny_workspace,
-            tiles=tiles,
-        )
-        return self.rms_norm(stream, norm) if normed is None else normed
+        *,
+        norm: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if norm is not None:
+            x = self._normed(x, norm)
+        if x.shape[0] <= MAX_SKINNY_ROWS:
+            return self._skinny(x, weight, bias, residual, gated=False)
+        if residual is None:
+            return F.linear(x, weight, bias)
+        if bias is None:
+            return residual.addmm_(x, weight.t())
+        return residual.add_(F.linear(x, weight, bias))
+
+    def gated_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor
+    ) -> torch.Tensor:
+        x = self._normed(x, norm)
+        if x.shape[0] <= MAX_SKINNY_ROWS:
+            return self._skinny(x, weight, bias, None, gated=True)
+        return silu_mul_triton(F.linear(x, weight, bias))
 
     def _skinny(
-        self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        gated: bool,
     ) -> torch.Tensor:
         resources = self._resources
         return skinny_matmul_triton(
-            x.rows,
+            x,
             weight,
             bias,
             gated=gated,
-            squares=x.squares,
-            eps=self._eps,
+            residual=residual,
+            out=residual,
             workspace=resources.skinny_workspace,
-            tiles=resources.skinny_tiles(x.rows.shape[0], weight.shape, gated),
+            tiles=resources.skinny_tiles(x.shape[0], weight.shape, gated),
         )
+
+    def _normed(self, x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        return rms_norm_triton(x, norm, self._eps, launch_early=self._resources.launch_early)
 
     def attend(
         self,
@@ -330,10 +314,6 @@ class GpuStepKernels:
     def take_sampled(self, x: torch.Tensor) -> torch.Tensor:
         positions = self._batch.sample_positions
         return x if positions is None else x.index_select(0, positions)
-
-
-def _is_skinny(x: torch.Tensor) -> bool:
-    return x.shape[0] <= MAX_SKINNY_ROWS
 
 
 def _num_sms(device: torch.device) -> int:

@@ -11,7 +11,6 @@ import torch
 from paceline.engine.model_config import ModelConfig
 from paceline.engine.parallel import ParallelContext
 from paceline.engine.step_kernels import StepKernels
-from paceline.kernels.normed_rows import NormedRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,18 +52,16 @@ class LlamaModel:
     def forward(self, kernels: StepKernels) -> torch.Tensor:
         """Return the logits of the sampled positions, [S, vocab_size], in the weights' dtype."""
         stream = kernels.embed(self._embedding)
-        x = kernels.rms_norm(stream, self._layers[0].input_norm)
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
-            qkv = kernels.linear(x, layer.qkv, layer.qkv_bias)
-            attended = kernels.attend(qkv, number, layer.q_norm, layer.k_norm)
+            qkv = kernels.linear(stream, layer.qkv, layer.qkv_bias, norm=layer.input_norm)
+            x = kernels.attend(qkv, number, layer.q_norm, layer.k_norm)
             if number == last:  # only the sampled tokens matter from here on
-                attended, stream = kernels.take_sampled(attended), kernels.take_sampled(stream)
-            x = self._add(kernels, stream, attended, layer.o, layer.o_bias, layer.post_norm)
-            inner = kernels.gated_linear(x, layer.gate_up, layer.gate_up_bias)
-            norm = self._final_norm if number == last else self._layers[number + 1].input_norm
-            x = self._add(kernels, stream, inner, layer.down, layer.down_bias, norm)
-        return kernels.linear(x, self._head, None)
+                x, stream = kernels.take_sampled(x), kernels.take_sampled(stream)
+            stream = self._add(kernels, stream, x, layer.o, layer.o_bias)
+            x = kernels.gated_linear(stream, layer.gate_up, layer.gate_up_bias, layer.post_norm)
+            stream = self._add(kernels, stream, x, layer.down, layer.down_bias)
+        return kernels.linear(stream, self._head, None, norm=self._final_norm)
 
     def _add(
         self,
@@ -73,13 +70,11 @@ class LlamaModel:
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        norm: torch.Tensor,
-    ) -> NormedRows:
-        """Add a product, of which each rank has a part, to the residual stream; return its norm."""
+    ) -> torch.Tensor:
+        """Add a product, of which each rank has a part, to the residual stream."""
         if self._parallel.size == 1:
-            return kernels.add_linear(stream, x, weight, bias, norm)
-        stream.add_(self._parallel.all_reduce(kernels.linear(x, weight, bias)))
-        return kernels.rms_norm(stream, norm)
+            return kernels.linear(x, weight, bias, residual=stream)
+        return stream.add_(self._parallel.all_reduce(kernels.linear(x, weight, bias)))
 
 
 def _layer_weights(weights: Mapping[str, torch.Tensor], number: int) -> LayerWeights:

@@ -11,10 +11,9 @@ from triton_device import device
 
 from paceline.kernels.decode_attention_triton import rope_decode_attention_triton
 from paceline.kernels.decode_tiles import DecodeTiles, DecodeWorkspace
-from paceline.kernels.normed_rows import NormedRows
 from paceline.kernels.rms_norm_triton import rms_norm_triton
 from paceline.kernels.rope_kv_write_triton import rope_cos_sin
-from paceline.kernels.skinny_matmul_triton import allocate_normed, skinny_matmul_triton
+from paceline.kernels.skinny_matmul_triton import skinny_matmul_triton
 from paceline.kernels.skinny_tiles import SkinnyTiles, SkinnyWorkspace
 
 pytestmark = [
@@ -72,43 +71,31 @@ class Chain:
     def run(
         self, x: torch.Tensor, early: bool, prefetch: int = 0, num_splits: int = 8
     ) -> torch.Tensor:
-        def tiles(gated: bool = False) -> SkinnyTiles:
-            chosen = SkinnyTiles(
+        def product(
+            x: torch.Tensor,
+            weight: torch.Tensor,
+            residual: torch.Tensor | None = None,
+            gated: bool = False,
+        ) -> torch.Tensor:
+            tiles = SkinnyTiles(
                 max(16, self.num_rows), 64, 64, 1 if gated else 2, num_stages=3, weight_first=True
             )
             if early:
-                chosen = dataclasses.replace(chosen, launch_early=True, prefetch=prefetch)
-            return chosen
-
-        def product(x: NormedRows, weight: torch.Tensor, gated: bool = False) -> torch.Tensor:
+                tiles = dataclasses.replace(tiles, launch_early=True, prefetch=prefetch)
             return skinny_matmul_triton(
-                x.rows,
-                weight,
-                gated=gated,
-                squares=x.squares,
-                eps=1e-5,
-                workspace=self.workspace,
-                tiles=tiles(gated),
-            )
-
-        def add(x: torch.Tensor, weight: torch.Tensor) -> NormedRows:
-            normed = allocate_normed(stream, tiles())
-            skinny_matmul_triton(
                 x,
                 weight,
-                residual=stream,
-                out=stream,
-                norm=self.norm,
-                normed=normed,
+                gated=gated,
+                residual=residual,
+                out=residual,
                 workspace=self.workspace,
-                tiles=tiles(),
+                tiles=tiles,
             )
-            return normed
 
         stream = x.clone()
-        rows = NormedRows(rms_norm_triton(stream, self.norm, 1e-5, launch_early=early), None)
         for layer in range(NUM_LAYERS):
-            qkv = product(rows, self.qkv[layer])
+            x = rms_norm_triton(stream, self.norm, 1e-5, launch_early=early)
+            qkv = product(x, self.qkv[layer])
             x = rope_decode_attention_triton(
                 qkv,
                 self.cos_sin,
@@ -122,8 +109,10 @@ class Chain:
                 workspace=self.attention_workspace,
                 launch_early=early,
             ).view(self.num_rows, -1)
-            rows = add(x, self.o[layer])
-            rows = add(product(rows, self.gate_up[layer], gated=True), self.down[layer])
+            product(x, self.o[layer], residual=stream)
+            x = rms_norm_triton(stream, self.norm, 1e-5, launch_early=early)
+            x = product(x, self.gate_up[layer], gated=True)
+            product(x, self.down[layer], residual=stream)
         return stream
 
 

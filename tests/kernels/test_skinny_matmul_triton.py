@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from triton_device import device, poisoned
 
-from paceline.kernels.normed_rows import NormedRows
-from paceline.kernels.skinny_matmul_triton import allocate_normed, skinny_matmul_triton
+from paceline.kernels.skinny_matmul_triton import skinny_matmul_triton
 from paceline.kernels.skinny_tiles import (
     SkinnyTiles,
     SkinnyWorkspace,
@@ -107,63 +106,6 @@ def test_every_cut_and_epilogue_gives_the_product(
         assert not workspace.counters.any()
 
 
-NORMED_ROUNDING = 2.0 if device() == "cuda" else 3.0
-"""Times the tolerance: y times the norm's weight is rounded too, and cut by the interpreter."""
-EPS = 1e-3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_splits", [1, 2, 4])
-@pytest.mark.parametrize("weight_first", [False, True])
-def test_a_product_leaves_its_rows_normed_for_the_next(
-    weight_first: bool, num_splits: int, dtype: torch.dtype
-) -> None:
-    # More than one tile of rows, each of a size of its own, and one of zeros.
-    x, weight, _ = make_operands(18, 70, 140, dtype)
-    x *= torch.logspace(-3, 3, 18, device=x.device, dtype=dtype)[:, None]
-    residual = torch.randn(18, 70).to(device(), dtype)
-    x[5], residual[5] = 0, 0
-    norm = (torch.rand(70, device=x.device) + 0.5).to(dtype)
-    tiles = small_tiles(num_splits, weight_first)
-    stream = residual.clone()
-    made = allocate_normed(stream, tiles)
-    assert made.squares is not None
-    normed = NormedRows(
-        poisoned(tuple(made.rows.shape), dtype), poisoned(tuple(made.squares.shape), torch.float32)
-    )
-    skinny_matmul_triton(
-        x, weight, residual=stream, out=stream, norm=norm, normed=normed, tiles=tiles
-    )
-    near = NORMED_ROUNDING * TOLERANCE[dtype]
-    expected = reference(x, weight, residual=residual)
-    torch.testing.assert_close(stream.double(), expected, rtol=near, atol=near)
-    wide = stream.double()
-    torch.testing.assert_close(
-        normed.rows.double(), wide * norm.double(), rtol=near, atol=near * wide.abs().max().item()
-    )
-
-    _, next_weight, next_bias = make_operands(1, 90, 70, dtype, seed=1)
-    whole = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * norm.double()
-    for gated, with_bias, with_residual in EPILOGUES:
-        width = 45 if gated else 90
-        addend = torch.randn(18, width).to(device(), dtype) if with_residual else None
-        given = next_bias if with_bias else None
-        expected = reference(whole, next_weight, given, gated, addend)
-        for squares in (normed.squares, normed.squares.roll(1, 1)):  # the second is of other rows
-            out = skinny_matmul_triton(
-                normed.rows,
-                next_weight,
-                given,
-                gated=gated,
-                residual=addend,
-                squares=squares,
-                eps=EPS,
-                tiles=tiles,
-            )
-            is_near = (out.double() - expected).abs() <= near * (1 + expected.abs())
-            assert bool(is_near.all()) == (squares is normed.squares)
-
-
 def test_more_splits_than_steps_leave_some_empty() -> None:
     x, weight, bias = make_operands(2, 33, 40, torch.float32)
     output = skinny_matmul_triton(x, weight, bias, tiles=small_tiles(4))
@@ -237,24 +179,6 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
         ("bias must be", lambda: skinny_matmul_triton(x, weight, bias[:39])),
         ("out must be", lambda: skinny_matmul_triton(x, weight, out=x)),
         ("residual must be", lambda: skinny_matmul_triton(x, weight, residual=x)),
-        ("squares must be", lambda: skinny_matmul_triton(x, weight, squares=x)),
-        ("go together", lambda: skinny_matmul_triton(x, weight, norm=bias)),
-        (
-            "norm must be",
-            lambda: skinny_matmul_triton(x, weight, norm=bias[1:], normed=NormedRows(x, x)),
-        ),
-        (
-            r"squares \[2, 3\], got \[3, 64\] and \[3, 64\]",
-            lambda: skinny_matmul_triton(
-                x, weight, norm=bias, normed=NormedRows(x, x), tiles=small_tiles(1)
-            ),
-        ),
-        (
-            "may be too large",
-            lambda: skinny_matmul_triton(
-                x.half(), weight.half(), norm=bias.half(), normed=NormedRows(x, x)
-            ),
-        ),
         (
             "the product needs 240 and 2",
             lambda: skinny_matmul_triton(
