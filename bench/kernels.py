@@ -100,7 +100,12 @@ def measure_decode_attention(batch: int, context: int, rates: Rates) -> Any:
 
 def measure_prefill_attention(num_tokens: int, rates: Rates) -> Any:
     from paceline.kernels.prefill_attention_triton import prefill_attention_triton
-    from paceline.kernels.prefill_tiles import choose_tiles, make_tile_table
+    from paceline.kernels.prefill_tiles import (
+        choose_tiles,
+        is_faster_specialized,
+        make_tile_table,
+        why_not_specialized,
+    )
 
     num_blocks = num_tokens // BLOCK_TOKENS
     kv = random_bf16(num_blocks, 2, NUM_KV_HEADS, 2, BLOCK_TOKENS, HEAD_DIM)
@@ -109,7 +114,15 @@ def measure_prefill_attention(num_tokens: int, rates: Rates) -> Any:
     offsets = torch.tensor([0, num_tokens], device="cuda", dtype=torch.int32)
     q = random_bf16(num_tokens, NUM_HEADS, HEAD_DIM)
     out = torch.empty_like(q)
-    tiles = choose_tiles(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, q.dtype, num_tokens)
+    tiles = choose_tiles(
+        NUM_HEADS,
+        NUM_KV_HEADS,
+        HEAD_DIM,
+        q.dtype,
+        num_tokens,
+        specialized=why_not_specialized(kv) is None
+        and is_faster_specialized(num_tokens, num_tokens),
+    )
     planned = make_tile_table(np.zeros(1, np.int32), np.array([num_tokens], np.int32), tiles)
     table = planned._replace(entries=planned.entries.to("cuda"))
     k = random_bf16(1, NUM_HEADS, num_tokens, HEAD_DIM)

@@ -25,7 +25,7 @@ that only the edges pay for masks, and blocks outside the window are never touch
 
 Which program takes which tile is a table that the host makes from the step's plan (see
 `prefill_tiles`), with the tiles that see most keys first. Everything else about the rows is read
-on the device.
+on the device. Specialised tiles are taken by `prefill_attention_hopper` instead.
 """
 
 import math
@@ -76,6 +76,14 @@ def prefill_attention_triton(
     _check_tiles(tiles, entries, num_heads, kv.shape[2])
     num_tiles = entries.shape[0]
     if num_tiles == 0:
+        return out
+    if tiles.specialized:
+        # Gluon, which not every Triton has, is asked for only where it runs.
+        from paceline.kernels.prefill_attention_hopper import launch_prefill_attention_hopper
+
+        launch_prefill_attention_hopper(
+            q, kv, layer, tables, lengths, offsets, tile_table, scale, window=window, out=out
+        )
         return out
     num_head_tiles = num_heads // tiles.heads_per_tile
     grid = (tiles.heads_at_once, num_tiles, num_head_tiles // tiles.heads_at_once)

@@ -26,6 +26,8 @@ class PrefillTiles:
     puts the largest tiles of every head first; fewer keep less of the pool in use at a time."""
     num_warps: int
     num_stages: int
+    specialized: bool = False
+    """Taken by `prefill_attention_hopper`; see `why_not_specialized`"""
 
     @property
     def queries(self) -> int:
@@ -33,16 +35,68 @@ class PrefillTiles:
         return self.block_m // self.heads_per_tile
 
 
+def why_not_specialized(kv: torch.Tensor) -> str | None:
+    """Return what about the pool or its device `prefill_attention_hopper` cannot do, or None.
+
+    Elsewhere than on GPUs the device is not looked at: stand-ins run the kernel there.
+    """
+    block_tokens, head_dim = kv.shape[4:]
+    token_stride = kv.stride(4)
+    if kv.is_cuda and torch.cuda.get_device_capability(kv.device) != (9, 0):
+        return f"{kv.device} is no Hopper GPU"
+    if kv.dtype not in (torch.float16, torch.bfloat16):
+        return f"the pool is of {kv.dtype}, not of 16 bits"
+    if head_dim not in (64, 128):
+        return f"heads have {head_dim} elements, not 64 or 128"
+    if block_tokens < 8 or block_tokens & (block_tokens - 1):
+        return f"blocks have {block_tokens} tokens, not a power of 2 from 8"
+    if token_stride % 8 or kv.data_ptr() % 16:
+        return f"the pool's tokens, {token_stride} elements apart, do not lie at 16-byte borders"
+    if any(kv.stride(dim) % token_stride for dim in range(4)):
+        return f"the pool's strides {kv.stride()} are no multiples of a token's"
+    if num_pool_rows(kv) >= 1 << 31:
+        return f"the pool spans {num_pool_rows(kv)} rows of a head, not fewer than 2**31"
+    return None
+
+
+def is_faster_specialized(max_new_tokens: int, max_keys: int) -> bool:
+    """Say whether `prefill_attention_hopper` is the faster one, for bf16 and head dim 128.
+
+    max_keys: of the longest context, new tokens included. On an H200, short chunks fill too few of
+    its tiles of 128 rows, unless a long prefix makes up for that: it was slower for 256 and 512 new
+    tokens, faster for 1,024, and for 512 behind 8,192. Times are in
+    bench/results/kernels_h200.json.
+    """
+    return max_new_tokens > 256 and max_new_tokens * max_keys > 512 * 512
+
+
+def num_pool_rows(kv: torch.Tensor) -> int:
+    """Return how many rows of a head the pool spans, from its first to its last."""
+    distance = sum((kv.shape[dim] - 1) * kv.stride(dim) for dim in range(5))
+    return 1 + distance // kv.stride(4)
+
+
 def choose_tiles(
-    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, max_new_tokens: int
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    max_new_tokens: int,
+    *,
+    specialized: bool = False,
 ) -> PrefillTiles:
     """Return the tiles for rows of up to `max_new_tokens`; each different result compiles anew.
+
+    specialized: for `prefill_attention_hopper`, where `why_not_specialized` says nothing against it
+    and `is_faster_specialized`.
 
     For bf16 and head dim 128 these were within 2 % of the best of a sweep on an H200 for 1,024,
     2,048 and 8,192 tokens; its other tiles are not kept, times with these are in
     bench/results/kernels_h200.json. The other sizes are such that, compiled for a
     Hopper GPU, they fit into its shared memory and registers; they are not timed.
     """
+    if specialized:
+        return PrefillTiles(128, 128, 1, num_heads, 4, 2, specialized=True)
     if dtype == torch.float32:  # without matrix units: small tiles, unrolled in registers
         block_m, block_n = (64, 32) if head_dim <= 64 else (64, 16) if head_dim <= 128 else (32, 16)
         num_stages = 3

@@ -142,6 +142,9 @@ def _run_prefills(runner: GpuModelRunner, build: GpuBuild) -> None:
     for longest in (*LONGEST_CHUNKS, *OTHER_CHUNKS):
         count = min(longest, max_tokens, build.max_model_len)
         _run(runner, [count])
+    # Behind the longest prefix, which chooses tiles too.
+    count = min(max_tokens, build.max_model_len)
+    _run(runner, [count], start=build.max_model_len - count)
     num_rows = min(build.settings.max_num_seqs, max_tokens)
     _run(runner, [min(max_tokens // num_rows, build.max_model_len)] * num_rows)
 
@@ -153,7 +156,7 @@ def _run_decodes(runner: GpuModelRunner, build: GpuBuild, captures: bool) -> Non
         _run(runner, [1] * size)
 
 
-def _run(runner: GpuModelRunner, counts: list[int]) -> None:
+def _run(runner: GpuModelRunner, counts: list[int], start: int = 0) -> None:
     """Run a step of rows with so many new tokens, and a block copy; all tables name block 0."""
     num_rows = len(counts)
     slots = np.arange(num_rows, dtype=np.int32)
@@ -165,7 +168,7 @@ def _run(runner: GpuModelRunner, counts: list[int]) -> None:
     plan = StepPlan(
         step_id=0,
         slots=slots,
-        starts=np.zeros(num_rows, dtype=np.int32),
+        starts=np.full(num_rows, start, dtype=np.int32),
         num_new_tokens=num_new,
         from_last_sample=np.zeros(num_rows, dtype=np.bool_),
         tokens=tokens,

@@ -8,7 +8,13 @@ import torch
 
 from paceline.engine.model_config import ModelConfig
 from paceline.engine.step_plan import StepPlan
-from paceline.kernels.prefill_tiles import PrefillTiles, choose_tiles, make_tile_table
+from paceline.kernels.prefill_tiles import (
+    PrefillTiles,
+    choose_tiles,
+    is_faster_specialized,
+    make_tile_table,
+    why_not_specialized,
+)
 
 LONGEST_CHUNKS = (16, 64, 1024, 1 << 20)
 """Tiles are chosen for a step's longest chunk rounded up to one of these: each is a compilation."""
@@ -26,10 +32,11 @@ class PrefillPlanner:
     """Cuts steps into tiles."""
 
     def __init__(self, config: ModelConfig, num_heads: int, kv: torch.Tensor) -> None:
-        self._choices = [
-            choose_tiles(num_heads, kv.shape[2], config.head_dim, kv.dtype, longest)
-            for longest in LONGEST_CHUNKS
-        ]
+        model = (num_heads, kv.shape[2], config.head_dim, kv.dtype)
+        self._choices = [choose_tiles(*model, longest) for longest in LONGEST_CHUNKS]
+        self._specialized = None
+        if kv.is_cuda and why_not_specialized(kv) is None:
+            self._specialized = choose_tiles(*model, LONGEST_CHUNKS[-1], specialized=True)
 
     def plan(self, plan: StepPlan, num_decode_rows: int) -> PrefillPlan | None:
         """Cut the rows behind the first `num_decode_rows`; None if there are none."""
@@ -40,6 +47,9 @@ class PrefillPlanner:
         longest = int(counts.max())
         number = next(i for i, limit in enumerate(LONGEST_CHUNKS) if longest <= limit)
         tiles = self._choices[number]
+        most_keys = int((plan.starts + counts)[num_decode_rows:].max())
+        if self._specialized is not None and is_faster_specialized(longest, most_keys):
+            tiles = self._specialized
         table = make_tile_table(plan.starts, counts, tiles)
         return PrefillPlan(tiles, table.entries.numpy())
 

@@ -7,6 +7,7 @@ import torch
 from paceline.kernels.prefill_tiles import (
     PrefillTiles,
     choose_tiles,
+    is_faster_specialized,
     make_tile_table,
     most_tiles,
 )
@@ -52,3 +53,12 @@ def test_chosen_tiles_fit_the_group(head_dim: int, group: int) -> None:
                 1 << (head_dim - 1).bit_length()
             )
             assert elements * dtype.itemsize <= 227 * 1024
+
+
+def test_specialized_tiles_are_for_much_work() -> None:
+    assert choose_tiles(32, 8, 128, torch.bfloat16, 8192, specialized=True).specialized
+    assert not choose_tiles(32, 8, 128, torch.bfloat16, 8192).specialized
+    assert is_faster_specialized(1024, 1024)
+    assert is_faster_specialized(512, 512 + 8192)
+    assert not is_faster_specialized(512, 512)
+    assert not is_faster_specialized(16, 16 + 8192)
