@@ -35,6 +35,7 @@ SAMPLED_ROUNDS = 3
 """Of greedy and sampled steps in turn: their difference is small."""
 SAMPLER_KERNELS = (
     "prepare_kernel",
+    "shortlist_kernel",
     "divide_kernel",
     "narrow_kernel",
     "race_kernel",

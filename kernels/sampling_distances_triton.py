@@ -44,6 +44,13 @@ def best_of_tiles(values, tokens, row, NUM_TILES: tl.constexpr, TILES_BLOCK: tl.
 
 
 @triton.jit
+def distances_from(values, best, temperature):  # type: ignore[no-untyped-def]
+    """Return d of scores."""
+    values = values - best
+    return tl.div_rn(values, tl.zeros_like(values) + temperature)
+
+
+@triton.jit
 def distances_of(tokens, logits, scores, vocab_size, changed, best, temperature):  # type: ignore[no-untyped-def]
     """Return d of some tokens, -inf outside the vocabulary.
 
@@ -54,8 +61,7 @@ def distances_of(tokens, logits, scores, vocab_size, changed, best, temperature)
         values = tl.load(scores + tokens, mask=inside, other=float("-inf"))
     else:
         values = tl.load(logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)
-    values = values - best
-    return tl.div_rn(values, tl.zeros_like(values) + temperature)
+    return distances_from(values, best, temperature)
 
 
 @triton.jit
@@ -68,3 +74,26 @@ def keys_of(distances):  # type: ignore[no-untyped-def]
 def weights_of(distances, kept):  # type: ignore[no-untyped-def]
     """Return the weights; 0 where not kept."""
     return tl.where(kept, tl.floor(tl.exp(distances) * _ONE).to(tl.int64), 0)
+
+
+@triton.jit
+def chunks_before(chunk_best, tile, end, best, temperature, PER_TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tell which chunks of a row's tile have a key under `end`, bool [PER_TILE]."""
+    values = tl.load(chunk_best + tile * PER_TILE + tl.arange(0, PER_TILE))
+    return keys_of(distances_from(values, best, temperature)) < end
+
+
+@triton.jit
+def tokens_of(chunks, NUM: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the tokens of some chunks, int32 [NUM * CHUNK]."""
+    tokens = chunks[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    return tl.reshape(tokens, (NUM * CHUNK,))
+
+
+@triton.jit
+def first_chunks(wanted, tile, none, NUM: tl.constexpr, PER_TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the first wanted chunks of a tile, int32 [NUM], filled up with `none`."""
+    ranks = tl.cumsum(wanted.to(tl.int32), axis=0)
+    is_next = wanted[None, :] & (ranks[None, :] == 1 + tl.arange(0, NUM)[:, None])
+    chunks = tile * PER_TILE + tl.arange(0, PER_TILE)
+    return tl.min(tl.where(is_next, chunks[None, :], none), axis=1)

@@ -23,6 +23,9 @@ COUNT: tl.constexpr = tl.constexpr(1)
 LIST: tl.constexpr = tl.constexpr(2)
 """The next pass lists the keys of the range."""
 
+DRAWN: tl.constexpr = tl.constexpr(-1)
+"""Its token has been drawn, too."""
+
 # A row's state, int64 each.
 MODE: tl.constexpr = tl.constexpr(0)
 KEPT_END: tl.constexpr = tl.constexpr(1)
@@ -113,7 +116,7 @@ def next_range(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _key_at(keys, ones, before, needed):  # type: ignore[no-untyped-def]
+def key_at(keys, ones, before, needed):  # type: ignore[no-untyped-def]
     """Return the lowest key up to which the sum of `ones` and what was before reach `needed`."""
     key = tl.full((), 0, tl.int32)
     for step in range(31):
@@ -139,10 +142,10 @@ def search_list(state, list_keys, length, share, MAX_LISTED: tl.constexpr):  # t
     end = tl.full((), 0, tl.int32)
     weight = weight_before
     if by_weight == 0:
-        end = _key_at(keys, listed.to(tl.int32), num_before.to(tl.int32), needed) + 1
+        end = key_at(keys, listed.to(tl.int32), num_before.to(tl.int32), needed) + 1
         weight += tl.sum(tl.where(keys < end, weights, 0), axis=0)
         needed = needed_weight(share, weight)
     has_all = start == 0
     if by_weight | (has_all & (share < 1.0)):
-        end = _key_at(keys, weights, weight_before, needed) + 1
+        end = key_at(keys, weights, weight_before, needed) + 1
     end_at(state, end, by_weight | has_all, share, weight)

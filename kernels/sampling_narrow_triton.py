@@ -1,11 +1,11 @@
 """The kernels of sampling that find where top_k and top_p end; rows without them leave at once.
 
-divide sums over 16 ranges of d; each narrow sums over 2,048 parts of the range that is left, or
+divide sums over four ranges of d; each narrow sums over 2,048 parts of the range that is left, or
 lists it (see `sampling_floor_triton`). Sums are whole numbers, so any order of additions gives the
 same. The last program of a row to come to its end looks at the row's sums, then clears them.
 
-A range between two multiples of PIECE_NATS has at most 2**30 keys. So three passes find any key;
-top_k and then top_p need six, and nearly always one or two each: the others leave at once.
+A range has at most 2**31 keys. So three passes find any key; top_k and then top_p need six, and
+nearly always one or two each: the others leave at once.
 """
 
 import triton
@@ -15,13 +15,17 @@ from paceline.kernels.sampling_distances_triton import (
     NO_KEY,
     best_of_tiles,
     changes_logits,
+    chunks_before,
     distances_of,
+    first_chunks,
     keys_of,
+    tokens_of,
     weights_of,
 )
 from paceline.kernels.sampling_floor_triton import (
     BY_WEIGHT,
     DONE,
+    DRAWN,
     END,
     LIST,
     MODE,
@@ -46,7 +50,7 @@ from paceline.kernels.sampling_slots_triton import (
     slot_wide,
 )
 
-NUM_PIECES = 16
+NUM_PIECES = 4
 NUM_BINS = 2048
 NUM_PASSES = 6
 """Of `narrow`, so that any range comes to its end"""
@@ -55,7 +59,6 @@ MAX_TILE = 4096
 
 _WIDTH: tl.constexpr = tl.constexpr(STATE_WIDTH)
 _PIECES: tl.constexpr = tl.constexpr(NUM_PIECES)
-_PIECE_NATS: tl.constexpr = tl.constexpr(0.75)
 _BINS: tl.constexpr = tl.constexpr(NUM_BINS)
 _BIN_BITS: tl.constexpr = tl.constexpr(NUM_BINS.bit_length() - 1)
 _SPAN_BITS: tl.constexpr = tl.constexpr(31 - (NUM_BINS.bit_length() - 1))
@@ -76,11 +79,6 @@ def has_filters(slots, slot, vocab_size):  # type: ignore[no-untyped-def]
     share = slot_wide(slots, slot, TOP_P).to(tl.float64, bitcast=True)
     limited = ((top_k > 0) & (top_k < vocab_size)) | (share < 1.0)
     return limited & (slot_float(slots, slot, TEMPERATURE) > 0.0)
-
-
-@triton.jit
-def _piece_start(piece):  # type: ignore[no-untyped-def]
-    return (piece.to(tl.float32) * _PIECE_NATS).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -112,13 +110,16 @@ def divide_kernel(  # type: ignore[no-untyped-def]
         return
     if has_filters(slots, slot, vocab_size) == 0:
         return
+    if tl.load(workspace.states + row * _WIDTH + MODE) == DRAWN:
+        return
     changed = changes_logits(slots, slot, HAS_MASK)
     temperature = slot_float(slots, slot, TEMPERATURE)
     best, _ = best_of_tiles(
         workspace.tile_best, workspace.tile_best_token, row, NUM_TILES, TILES_BLOCK
     )
-    end = lowest_end(slots, slot)
     pieces = tl.arange(0, _PIECES)
+    ends = workspace.piece_ends + row * _PIECES
+    end = tl.load(ends + _PIECES - 1)
     num_sums = tl.zeros((_PIECES,), tl.int32)
     weight_sums = tl.zeros((_PIECES,), tl.int64)
     for tile in range(tl.program_id(1), NUM_TILES, tl.num_programs(1)):
@@ -132,12 +133,13 @@ def divide_kernel(  # type: ignore[no-untyped-def]
             best,
             temperature,
         )
-        kept = keys_of(distances) < end
+        keys = keys_of(distances)
+        kept = keys < end
         # Number and weight in one sum.
         ones = weights_of(distances, kept) + tl.where(kept, _ONE_TOKEN, 0)
         sums = tl.zeros((_PIECES,), tl.int64) + tl.sum(ones, axis=0)
         for number in tl.static_range(_PIECES - 1):
-            up_to_end = tl.where(distances > -_PIECE_NATS * (number + 1), ones, 0)
+            up_to_end = tl.where(keys < tl.load(ends + number), ones, 0)
             sums = tl.where(pieces == number, tl.sum(up_to_end, axis=0), sums)
         num_sums += (sums >> _NUM_SHIFT).to(tl.int32)
         weight_sums += sums & (_ONE_TOKEN - 1)
@@ -147,11 +149,11 @@ def divide_kernel(  # type: ignore[no-untyped-def]
     tl.atomic_add(weights, weight_sums, sem="relaxed")
     if _is_last(workspace.arrivals + row):
         tl.store(workspace.arrivals + row, 0)
-        _choose_piece(workspace.states + row * _WIDTH, nums, weights, end, slots, slot, MAX_LISTED)
+        _choose_piece(workspace.states + row * _WIDTH, nums, weights, ends, slots, slot, MAX_LISTED)
 
 
 @triton.jit
-def _choose_piece(state, nums, weights, end, slots, slot, MAX_LISTED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _choose_piece(state, nums, weights, ends, slots, slot, MAX_LISTED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Begin with top_k if it leaves out any token, else with top_p, in one of the pieces."""
     pieces = tl.arange(0, _PIECES)
     num_sums = tl.load(nums, cache_modifier=".cg").to(tl.int64)
@@ -165,14 +167,16 @@ def _choose_piece(state, nums, weights, end, slots, slot, MAX_LISTED: tl.constex
         needed = needed_weight(share, tl.max(weight_sums, axis=0))
         measured = weight_sums
     piece = part_of(measured, pieces, needed)
-    piece_end = tl.where(piece == _PIECES - 1, end, tl.minimum(_piece_start(piece + 1), end))
     zero = slot * 0
+    piece_start = tl.full((), 0, tl.int32)
+    if piece > 0:
+        piece_start = tl.load(ends + piece - 1)
     if (by_weight == 0) | (share < 1.0):
         next_range(
             state,
             by_weight,
-            _piece_start(piece),
-            piece_end,
+            piece_start,
+            tl.load(ends + piece),
             up_to(num_sums, pieces, piece - 1, zero),
             up_to(num_sums, pieces, piece, zero),
             up_to(weight_sums, pieces, piece - 1, zero),
@@ -210,6 +214,27 @@ def _add_to_bins(nums, weights, keys, inside, start, end, by_weight):  # type: i
     if by_weight == 0:
         tl.atomic_add(nums + ((common - start) >> shift), num_common, sem="relaxed")
         tl.atomic_add(nums + bins, 1, mask=rest, sem="relaxed")
+
+
+@triton.jit
+def _pass_over(  # type: ignore[no-untyped-def]
+    distances, workspace, row, mode, start, end, by_weight, MAX_LISTED: tl.constexpr
+):
+    """List those of some tokens that are in the range, or add them to its parts."""
+    keys = keys_of(distances)
+    inside = (keys >= start) & (keys < end)
+    num_inside = tl.sum(inside.to(tl.int32), axis=0)
+    if num_inside > 0:
+        if mode == LIST:
+            # Tiles come in any order; what is made of the list depends on none.
+            first = tl.atomic_add(workspace.list_lengths + row, num_inside, sem="relaxed")
+            places = first + tl.cumsum(inside.to(tl.int32), axis=0) - 1
+            mask = inside & (places < MAX_LISTED)
+            tl.store(workspace.list_keys + row * MAX_LISTED + places, keys, mask=mask)
+        else:
+            nums = workspace.bin_nums + row * _BINS
+            weights = workspace.bin_weights + row * _BINS
+            _add_to_bins(nums, weights, keys, inside, start, end, by_weight)
 
 
 @triton.jit
@@ -275,12 +300,13 @@ def narrow_kernel(  # type: ignore[no-untyped-def]
     TILES_BLOCK: tl.constexpr,
     MAX_LISTED: tl.constexpr,
     TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """A program: some tiles of a row. Goes on with the search."""
     row = tl.program_id(0).to(tl.int64)
     state = workspace.states + row * _WIDTH
     mode = tl.load(state + MODE)
-    if mode == DONE:
+    if (mode == DONE) | (mode == DRAWN):
         return
     slot = tl.load(row_slots + row).to(tl.int64)
     changed = changes_logits(slots, slot, HAS_MASK)
@@ -292,29 +318,27 @@ def narrow_kernel(  # type: ignore[no-untyped-def]
     end = tl.load(state + END).to(tl.int32)
     by_weight = tl.load(state + BY_WEIGHT) != 0
     list_keys = workspace.list_keys + row * MAX_LISTED
-    nums = workspace.bin_nums + row * _BINS
-    weights = workspace.bin_weights + row * _BINS
+    row_logits = logits + row * logits_stride
+    row_scores = workspace.scores + row * vocab_size
+    PER_TILE: tl.constexpr = TILE // CHUNK
+    FEW: tl.constexpr = (PER_TILE + 3) // 4
+    chunk_best = workspace.chunk_best + row * (NUM_TILES * PER_TILE)
     for tile in range(tl.program_id(1), NUM_TILES, tl.num_programs(1)):
-        distances = distances_of(
-            tile * TILE + tl.arange(0, TILE),
-            logits + row * logits_stride,
-            workspace.scores + row * vocab_size,
-            vocab_size,
-            changed,
-            best,
-            temperature,
-        )
-        keys = keys_of(distances)
-        inside = (keys >= start) & (keys < end)
-        num_inside = tl.sum(inside.to(tl.int32), axis=0)
-        if num_inside > 0:
-            if mode == LIST:
-                # Tiles come in any order; what is made of the list depends on none.
-                first = tl.atomic_add(workspace.list_lengths + row, num_inside, sem="relaxed")
-                places = first + tl.cumsum(inside.to(tl.int32), axis=0) - 1
-                tl.store(list_keys + places, keys, mask=inside & (places < MAX_LISTED))
-            else:
-                _add_to_bins(nums, weights, keys, inside, start, end, by_weight)
+        wanted = chunks_before(chunk_best, tile, end, best, temperature, PER_TILE)
+        num_wanted = tl.sum(wanted.to(tl.int32), axis=0)
+        if num_wanted > FEW:
+            tokens = tile * TILE + tl.arange(0, TILE)
+            distances = distances_of(
+                tokens, row_logits, row_scores, vocab_size, changed, best, temperature
+            )
+            _pass_over(distances, workspace, row, mode, start, end, by_weight, MAX_LISTED)
+        elif num_wanted > 0:
+            chunks = first_chunks(wanted, tile, NUM_TILES * PER_TILE, FEW, PER_TILE)
+            tokens = tokens_of(chunks, FEW, CHUNK)
+            distances = distances_of(
+                tokens, row_logits, row_scores, vocab_size, changed, best, temperature
+            )
+            _pass_over(distances, workspace, row, mode, start, end, by_weight, MAX_LISTED)
     if _is_last(workspace.arrivals + row):
         tl.store(workspace.arrivals + row, 0)
         share = slot_wide(slots, slot, TOP_P).to(tl.float64, bitcast=True)
@@ -322,4 +346,6 @@ def narrow_kernel(  # type: ignore[no-untyped-def]
             length = tl.load(workspace.list_lengths + row, cache_modifier=".cg")
             search_list(state, list_keys, length, share, MAX_LISTED)
         else:
+            nums = workspace.bin_nums + row * _BINS
+            weights = workspace.bin_weights + row * _BINS
             _choose_bin(state, nums, weights, start, end, by_weight, share, MAX_LISTED)

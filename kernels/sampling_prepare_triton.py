@@ -1,4 +1,4 @@
-"""The first kernel of sampling: what a slot changes of its logits, and the best of each tile.
+"""The first kernel of sampling: what a slot changes of its logits, and the best of each part.
 
 s = logits, -inf where not allowed, + logit_bias, -inf while min_tokens bans, - penalties
 
@@ -25,6 +25,7 @@ from paceline.kernels.sampling_slots_triton import (
     NUM_EDITS,
     PRESENCE,
     REPETITION,
+    TEMPERATURE,
     slot_float,
     slot_int,
 )
@@ -61,7 +62,7 @@ def _penalised(values, tokens, slots, slot, vocab_size):  # type: ignore[no-unty
     inside = tokens < vocab_size
     places = slot * vocab_size + tokens
     was_seen = tl.load(slots.seen + places, mask=inside, other=0) != 0
-    count = tl.load(slots.counts + places, mask=inside, other=0)
+    count = tl.load(slots.counts + places, mask=was_seen, other=0)
     divided = tl.div_rn(values, tl.zeros_like(values) + repetition)
     penalised = tl.where(values > 0, divided, values * repetition)
     penalised -= frequency * count + presence * (count > 0).to(tl.float32)
@@ -112,8 +113,9 @@ def prepare_kernel(  # type: ignore[no-untyped-def]
     NUM_TILES: tl.constexpr,
     BINS_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """A program: a tile of a row. Writes scores, if the slot changes any, and the tile's best."""
+    """A program: a tile of a row. Writes scores, if the slot changes any, and the best of parts."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     slot = tl.load(row_slots + row).to(tl.int64)
@@ -139,6 +141,10 @@ def prepare_kernel(  # type: ignore[no-untyped-def]
         if slot_int(slots, slot, HAS_PENALTIES) != 0:
             values = _penalised(values, tokens, slots, slot, vocab_size)
         tl.store(workspace.scores + row * vocab_size + tokens, values, mask=inside)
+    if slot_float(slots, slot, TEMPERATURE) > 0.0:
+        chunks = place * (TILE // CHUNK) + tl.arange(0, TILE // CHUNK)
+        chunk_best = tl.max(tl.reshape(values, (TILE // CHUNK, CHUNK)), axis=1)
+        tl.store(workspace.chunk_best + chunks, chunk_best)
     best, token = first_of(values, tokens)
     tl.store(workspace.tile_best + place, best)
     tl.store(workspace.tile_best_token + place, token)

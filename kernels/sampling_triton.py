@@ -11,18 +11,23 @@ of the reference: words of noise are the same bits, weights are whole numbers in
 and so exact in any order, and equal numbers go to the lowest id. exp and log are the GPU's own, so
 tokens can differ where two candidates, or a share and top_p, lie within their rounding.
 
-    prepare  (row, tile of the vocabulary)   s, and the best of each tile, of logits and of s
-    divide   (row, some tiles)               numbers and weights of the tokens in 16 ranges of d
-    narrow   (row, some tiles), six times    the same in 2,048 parts of the range with the floor,
-                                             down to one value; or a list, once few are left
-    race     (row, some tiles)               the tile's best d + noise over the floor
-    finish   (row)                           the token
+    prepare    (row, tile of the vocabulary)  s, and the best of each tile and of its chunks
+    shortlist  (row)                          where the chunks' best tell that few are kept: their
+                                              race; else four ranges of d, one likely to have the
+                                              floor
+    divide     (row, some tiles)              numbers and weights of the tokens in these ranges
+    narrow     (row, some tiles), six times   the same in 2,048 parts of the range with the floor,
+                                              down to one value; or a list, once few are left
+    race       (row, some tiles)              the tile's best d + noise over the floor
+    finish     (row)                          the token
 
-A floor is found in passes over all tiles at once, never by one program that reads the row: flat
-rows and those with a hundred thousand equal logits cost about what others do. Between passes, a
-row's state says what is sought (see `sampling_floor_triton`); its last program to add to the sums
-chooses what the next pass does. Greedy rows leave all between prepare and finish at once, as rows
-without top_k and top_p leave divide and narrow, and without any such row they are not launched.
+But for the shortlist a floor is found in passes over all tiles at once, never by one program that
+reads the row: flat rows and those with a hundred thousand equal logits cost about what others do.
+Where few chunks of a tile have tokens over the end of a range, or over the floor, only those are
+read. Between passes, a row's state says what is sought (see `sampling_floor_triton`); its last
+program to add to the sums chooses what the next pass does. Greedy rows leave all between prepare
+and finish at once, as rows without top_k and top_p leave shortlist, divide and narrow, and without
+any such row they are not launched. Rows with a token leave all from the shortlist to finish.
 
 A row that changes none of its logits is never copied. Nothing waits for the CPU: what is wrong with
 a row is in its `status`, to be read with the token.
@@ -46,18 +51,26 @@ from paceline.kernels.sampling_narrow_triton import (
 )
 from paceline.kernels.sampling_prepare_triton import prepare_kernel
 from paceline.kernels.sampling_race_triton import race_kernel
+from paceline.kernels.sampling_shortlist_triton import shortlist_kernel
 from paceline.kernels.sampling_slots_triton import SamplingSlots, check_rows
 
 TILE = 4096
 """Tokens of a program. Times with it: bench/results/kernels_h200.json."""
 MAX_LISTED = 4096
 """Longest list of a row's keys"""
+CHUNK = 128
+"""Tokens beside each other of which the best is known, so that they need not be read"""
+MAX_SHORT = 1024
+"""Most tokens of which a row's token is drawn at once"""
+MAX_SHORT_CHUNKS = 256
+"""Most chunks that are read for it"""
 
 # Few registers spill, and two programs or more fit on a multiprocessor.
 _PREPARE = {"num_warps": 8, "maxnreg": 80}
-_DIVIDE = {"num_warps": 8, "maxnreg": 128}
-_NARROW = {"num_warps": 16, "maxnreg": 64}
-_RACE = {"num_warps": 16, "maxnreg": 64}
+_DIVIDE = {"num_warps": 8, "maxnreg": 64}
+_SHORTLIST = {"num_warps": 8, "maxnreg": 128}
+_NARROW = {"num_warps": 8, "maxnreg": 128}
+_RACE = {"num_warps": 8, "maxnreg": 128}
 _FINISH = {"num_warps": 1}
 _NUM_PROGRAMS = 512
 """Of divide, narrow and race, about: two for each place on 132 multiprocessors. More would make
@@ -86,6 +99,8 @@ class SamplingWorkspace(NamedTuple):
     """float32 [R, T], of s"""
     tile_best_token: torch.Tensor
     """int32 [R, T]"""
+    chunk_best: torch.Tensor
+    """float32 [R, chunks], of s; all tiles have as many"""
     tile_race: torch.Tensor
     """float64 [R, T]: the best d + noise of the head"""
     tile_race_token: torch.Tensor
@@ -100,10 +115,12 @@ class SamplingWorkspace(NamedTuple):
     """int64 [R, 8], see `sampling_floor_triton`"""
     arrivals: torch.Tensor
     """int32 [R]: programs of a pass that have added to the sums"""
+    piece_ends: torch.Tensor
+    """int32 [R, 4]: keys"""
     piece_nums: torch.Tensor
-    """int32 [R, 16]"""
+    """int32 [R, 4]"""
     piece_weights: torch.Tensor
-    """int64 [R, 16]"""
+    """int64 [R, 4]"""
     bin_nums: torch.Tensor
     """int32 [R, 2048]"""
     bin_weights: torch.Tensor
@@ -112,6 +129,12 @@ class SamplingWorkspace(NamedTuple):
     """int32 [R]"""
     list_keys: torch.Tensor
     """int32 [R, C]"""
+    short_chunks: torch.Tensor
+    """int32 [R, 256]"""
+    short_keys: torch.Tensor
+    """int32 [R, 1024]"""
+    short_tokens: torch.Tensor
+    """int32 [R, 1024]"""
 
     @classmethod
     def allocate(
@@ -121,8 +144,10 @@ class SamplingWorkspace(NamedTuple):
         device: torch.device | str,
         tile: int = TILE,
         max_listed: int = MAX_LISTED,
+        chunk: int = CHUNK,
+        max_short: int = MAX_SHORT,
     ) -> "SamplingWorkspace":
-        """Allocate for up to R rows; 4 V + 4 C + 24 Ki bytes each, and little else."""
+        """Allocate for up to R rows; 4 V + 4 C + 33 Ki bytes each, and little else."""
         num_tiles = triton.cdiv(vocab_size, tile)
 
         def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -133,6 +158,7 @@ class SamplingWorkspace(NamedTuple):
             tile_largest=empty(torch.float32, num_tiles),
             tile_best=empty(torch.float32, num_tiles),
             tile_best_token=empty(torch.int32, num_tiles),
+            chunk_best=empty(torch.float32, num_tiles * triton.cdiv(tile, chunk)),
             tile_race=empty(torch.float64, num_tiles),
             tile_race_token=empty(torch.int32, num_tiles),
             tile_tail_race=empty(torch.float64, num_tiles),
@@ -140,12 +166,16 @@ class SamplingWorkspace(NamedTuple):
             tile_tail_weight=empty(torch.int64, num_tiles),
             states=empty(torch.int64, STATE_WIDTH),
             arrivals=empty(torch.int32),
+            piece_ends=empty(torch.int32, NUM_PIECES),
             piece_nums=empty(torch.int32, NUM_PIECES),
             piece_weights=empty(torch.int64, NUM_PIECES),
             bin_nums=empty(torch.int32, NUM_BINS),
             bin_weights=empty(torch.int64, NUM_BINS),
             list_lengths=empty(torch.int32),
             list_keys=empty(torch.int32, max_listed),
+            short_chunks=empty(torch.int32, MAX_SHORT_CHUNKS),
+            short_keys=empty(torch.int32, max_short),
+            short_tokens=empty(torch.int32, max_short),
         )
 
 
@@ -176,6 +206,8 @@ def sample_triton(
     if num_rows == 0:
         return
     num_tiles = triton.cdiv(vocab_size, tile)
+    num_chunks = workspace.chunk_best.shape[1]
+    chunk = num_tiles * tile // num_chunks
     prepare_kernel[(num_rows, num_tiles)](
         logits,
         logits.stride(0),
@@ -190,6 +222,7 @@ def sample_triton(
         NUM_TILES=num_tiles,
         BINS_BLOCK=triton.next_power_of_2(triton.cdiv(NUM_BINS, num_tiles)),
         TILE=tile,
+        CHUNK=chunk,
         # As PyTorch, which rounds each product.
         enable_fp_fusion=False,
         **_PREPARE,
@@ -198,15 +231,28 @@ def sample_triton(
     scored = tiles | {"HAS_MASK": allowed_mask is not None, "TILE": tile}
     # With few rows a program has one tile, with many it has several.
     shared = (num_rows, min(num_tiles, triton.cdiv(_NUM_PROGRAMS, num_rows)))
+    drawn = (logits, logits.stride(0), row_slots, indices, slots, workspace, vocab_size)
     if any_random and any_filtered:
         search = scored | {"MAX_LISTED": workspace.list_keys.shape[1]}
         searched = (logits, logits.stride(0), row_slots, slots, workspace, vocab_size)
+        shortlist_kernel[(num_rows,)](
+            *drawn,
+            **tiles,
+            HAS_MASK=allowed_mask is not None,
+            NUM_CHUNKS=num_chunks,
+            CHUNKS_BLOCK=triton.next_power_of_2(num_chunks),
+            CHUNK=chunk,
+            MAX_CHUNKS=workspace.short_chunks.shape[1],
+            MAX_TOKENS=workspace.short_keys.shape[1],
+            STEP=max(tile // chunk, 4),
+            SAMPLE=tile,
+            **_SHORTLIST,
+        )
         divide_kernel[shared](*searched, **search, **_DIVIDE)
         for _ in range(NUM_PASSES):
-            narrow_kernel[shared](*searched, **search, **_NARROW)
+            narrow_kernel[shared](*searched, **search, CHUNK=chunk, **_NARROW)
     if any_random:
-        raced = (logits, logits.stride(0), row_slots, indices, slots, workspace, vocab_size)
-        race_kernel[shared](*raced, **scored, **_RACE)
+        race_kernel[shared](*drawn, **scored, CHUNK=chunk, **_RACE)
     finished = (row_slots, indices, slots, workspace, out, vocab_size)
     finish_kernel[(num_rows,)](*finished, **tiles, ANY_RANDOM=any_random, **_FINISH)
 
@@ -247,6 +293,9 @@ def _check_room(
     num_tiles = workspace.tile_best.shape[1]
     if tile > MAX_TILE or tile % 4 or tile & (tile - 1):
         raise ValueError(f"a tile must be a power of two from 4 to {MAX_TILE}, got {tile}")
+    chunk = num_tiles * tile // workspace.chunk_best.shape[1]
+    if chunk < 4 or chunk & (chunk - 1):
+        raise ValueError(f"a chunk must be a power of two from 4 to the tile, got {chunk}")
     if room < num_rows or width != vocab_size or num_tiles != triton.cdiv(vocab_size, tile):
         raise ValueError(
             f"the workspace is for {room} rows of {width} tokens in {num_tiles} tiles, and "

@@ -11,7 +11,7 @@ from sampling_driver import Case, SamplingDriver, make_logits
 
 from paceline.kernels import sampling_triton
 from paceline.kernels.sampling import lowest_kept
-from paceline.kernels.sampling_floor_triton import DONE, KEPT_END, MODE
+from paceline.kernels.sampling_floor_triton import DONE, DRAWN, KEPT_END, MODE
 from paceline.sampling_params import SamplingParams
 
 VOCAB_SIZE = 300
@@ -90,7 +90,7 @@ def kept_by_kernels(
     driver: SamplingDriver, row: int, logits: torch.Tensor, temperature: float
 ) -> list[bool]:
     state = driver.workspace.states[row].tolist()
-    assert state[MODE.value] == DONE.value
+    assert state[MODE.value] in (DONE.value, DRAWN.value)
     distances = ((logits - logits.max()) / torch.tensor(temperature)).abs()
     kept: list[bool] = (distances.view(torch.int32) < state[KEPT_END.value]).tolist()
     return kept

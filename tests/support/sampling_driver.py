@@ -33,12 +33,20 @@ class SamplingDriver:
     """Samples the same cases with the kernels, and with the sampler on the CPU."""
 
     def __init__(
-        self, cases: Sequence[Case], vocab_size: int, tile: int = 64, max_listed: int = 64
+        self,
+        cases: Sequence[Case],
+        vocab_size: int,
+        tile: int = 64,
+        max_listed: int = 64,
+        chunk: int = 8,
+        max_short: int = 16,
     ) -> None:
         self.cases, self.vocab_size, self.tile = cases, vocab_size, tile
         num = len(cases)
         self.slots = SamplingSlots.allocate(num, vocab_size, MAX_EDITS, device())
-        self.workspace = SamplingWorkspace.allocate(num, vocab_size, device(), tile, max_listed)
+        self.workspace = SamplingWorkspace.allocate(
+            num, vocab_size, device(), tile, max_listed, chunk, max_short
+        )
         for tensor in self.workspace:
             tensor.fill_(math.nan if tensor.is_floating_point() else -(2**30))
         self.sampler = Sampler(num, vocab_size, EOS, "cpu")
