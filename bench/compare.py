@@ -8,6 +8,7 @@ load and then measures all loads. No router and no gRPC on either side.
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -103,9 +104,16 @@ def compare(
                 output = Path(written) / "side.json"
                 command = [sys.executable, "-m", "paceline.bench.compare", *arguments]
                 command += ["--side", side, "--output", str(output)]
-                ended = run_to_end(command, options.side_timeout)
+                stop: SystemExit | None = None
+                try:
+                    ended = run_to_end(command, options.side_timeout)
+                except SystemExit as told:  # keep what there is, then stop
+                    stop = told
                 if output.exists():
                     rounds[side].append(json.loads(output.read_text()))
+                if stop is not None:
+                    keep(summary(rounds, failures))
+                    raise stop
             if ended.status != 0:
                 how = f"ended with status {ended.status}"
                 if ended.status is None:
@@ -201,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.output is not None:
             write_result(options.output, "compare", config, result)
 
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     result = compare(options, arguments, keep)
     if options.output is None:
         write_result(None, "compare", config, result)

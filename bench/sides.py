@@ -5,6 +5,7 @@ process of its own. What a side does not let be set stays at its own default.
 """
 
 import importlib
+import importlib.util
 import itertools
 import os
 import time
@@ -175,6 +176,8 @@ class Vllm:
 
     def __init__(self, options: SideOptions) -> None:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+        if importlib.util.find_spec("flashinfer") is None:  # it is for sampling at random only
+            os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
         self._vllm: Any = importlib.import_module("vllm")
         self._llm = self._vllm.LLM(
             model=str(options.folder),

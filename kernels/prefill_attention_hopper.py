@@ -15,6 +15,7 @@ ends: there and back over the table, for even shares of its long and short tiles
 threads, on a stand-in.
 """
 
+import functools
 import math
 
 import torch
@@ -445,5 +446,6 @@ def launch_prefill_attention_hopper(
     )
 
 
+@functools.cache
 def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

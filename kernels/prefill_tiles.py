@@ -62,12 +62,13 @@ def why_not_specialized(kv: torch.Tensor) -> str | None:
 def is_faster_specialized(max_new_tokens: int, max_keys: int) -> bool:
     """Say whether `prefill_attention_hopper` is the faster one, for bf16 and head dim 128.
 
-    max_keys: of the longest context, new tokens included. On an H200, short chunks fill too few of
+    max_keys: of the longest context, new tokens included. On an H200 short chunks fill too few of
     its tiles of 128 rows, unless a long prefix makes up for that: it was slower for 256 and 512 new
-    tokens, faster for 1,024, and for 512 behind 8,192. Times are in
-    bench/results/kernels_h200.json.
+    tokens, faster for 512 behind 8,192. At 1,024 it is 10 % faster, but its launch takes 100 us of
+    a CPU, three times that of a Triton kernel, and a lone prompt of that length waits for launches.
+    Times are in bench/results/kernels_h200.json.
     """
-    return max_new_tokens > 256 and max_new_tokens * max_keys > 512 * 512
+    return max_new_tokens > 256 and max_new_tokens * max_keys > 1024 * 1024
 
 
 def num_pool_rows(kv: torch.Tensor) -> int:

@@ -202,6 +202,22 @@ def test_what_a_side_measured_before_it_failed_is_kept(
     assert result["failures"][0]["how"] == "was not done after 5 s (--side-timeout)"
 
 
+def test_what_a_side_measured_before_the_run_was_told_to_stop_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(command: list[str], timeout_s: float) -> Ended:
+        found = {"gpu": None, "loads": {"1x8+4": {"duration_s": 2.0}}}
+        Path(command[-1]).write_text(json.dumps(found))
+        raise SystemExit(143)
+
+    monkeypatch.setattr(compare, "run_to_end", run)
+    options = argparse.Namespace(sides=["paceline", "vllm"], rounds=1, side_timeout=TIMEOUT_S)
+    written: list[dict[str, Any]] = []
+    with pytest.raises(SystemExit):
+        compare.compare(options, [], lambda found: written.append(copy.deepcopy(found)))
+    assert written[-1]["medians"]["paceline"] == {"1x8+4": {"duration_s": 2.0}}
+
+
 def test_one_side_alone_has_no_ratio() -> None:
     result = compare.summary({"paceline": [{"gpu": "H200", "loads": {"1x8+8": {"rate": 1.0}}}]}, [])
     assert result["gpu"] == "H200"

@@ -58,7 +58,8 @@ def test_chosen_tiles_fit_the_group(head_dim: int, group: int) -> None:
 def test_specialized_tiles_are_for_much_work() -> None:
     assert choose_tiles(32, 8, 128, torch.bfloat16, 8192, specialized=True).specialized
     assert not choose_tiles(32, 8, 128, torch.bfloat16, 8192).specialized
-    assert is_faster_specialized(1024, 1024)
+    assert is_faster_specialized(2048, 2048)
     assert is_faster_specialized(512, 512 + 8192)
+    assert not is_faster_specialized(1024, 1024)
     assert not is_faster_specialized(512, 512)
     assert not is_faster_specialized(16, 16 + 8192)
