@@ -37,7 +37,8 @@ class SlotStart(NamedTuple):
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """One step. The runner applies it in this order: starts, table changes, block copies, the model
-    over all rows (writing their KV), then sampling.
+    over all rows (writing their KV), then sampling. No row reads KV that another one of the same
+    step writes: rows come in any order.
 
     R rows with T new tokens in all, S samples, C table changes, K block copies. Rows are
     concatenated in order: row r owns the token positions from sum(num_new_tokens[:r]).

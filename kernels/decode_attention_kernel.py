@@ -250,7 +250,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             head_ptr,
             table_ptr,
             begin,
-            end,
+            tl.where(has_work, end, begin),
             kv_block,
             kv_plane,
             kv_token,

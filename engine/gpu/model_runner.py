@@ -85,6 +85,7 @@ class GpuModelRunner:
         self._device = device
         self._block_tokens = pool.layout.block_tokens
         self._max_num_tokens = max(max_num_tokens, max_num_slots)
+        self._max_model_len = max_model_len
         num_columns = -(-max_model_len // self._block_tokens)
 
         def empty(*shape: int) -> torch.Tensor:
@@ -205,11 +206,11 @@ class GpuModelRunner:
                 f"step {plan.step_id} sets an entry of a block table twice, and which of the two "
                 "would hold is open"
             )
-        room = self._tables.shape[1] * self._block_tokens
         longest = int((plan.starts + plan.num_new_tokens).max(initial=0))
-        if longest > room:
+        if longest > self._max_model_len:  # kernels would leave such a row as it is, silently
             raise ValueError(
-                f"step {plan.step_id} makes a sequence of {longest} tokens; a table holds {room}"
+                f"step {plan.step_id} makes a sequence of {longest} tokens; the runner was made "
+                f"for {self._max_model_len}"
             )
 
     def _apply_changes(self, plan: StepPlan, pool: KvPool) -> None:

@@ -143,6 +143,19 @@ def test_what_no_kernel_may_see_is_refused_and_the_runner_goes_on(tmp_path: Path
         driver.step(Row(0, None))
 
 
+def test_a_sequence_longer_than_the_model_is_refused_though_its_last_block_has_room(
+    tmp_path: Path,
+) -> None:
+    """Kernels leave such a row as it is, and its token would be of memory that nobody wrote."""
+    write_model(tmp_path, "LlamaForCausalLM", **{**SMALL, "max_position_embeddings": 100})
+    driver = RunnerDriver(tmp_path, kind="gpu", num_slots=2)
+    driver.start(0)
+    driver.step(Row(0, [1] * 99))
+    driver.step(Row(0, [1]))
+    with pytest.raises(ValueError, match="101 tokens; the runner was made for 100"):
+        driver.step(Row(0, [1]))
+
+
 def test_tokens_never_written_are_never_read(tmp_path: Path) -> None:
     """With a pool and tables full of garbage, a short sequence's logits are finite and right."""
     model = write_model(tmp_path, "LlamaForCausalLM", **SMALL)
