@@ -66,7 +66,7 @@ def is_faster_specialized(max_new_tokens: int, max_keys: int) -> bool:
     its tiles of 128 rows, unless a long prefix makes up for that: it was slower for 256 and 512 new
     tokens, faster for 512 behind 8,192. At 1,024 it is 10 % faster, but its launch takes 100 us of
     a CPU, three times that of a Triton kernel, and a lone prompt of that length waits for launches.
-    Times are in bench/results/kernels_h200.json.
+    The times of 1,024 are in bench/results/kernels_h200.json, those of shorter chunks not kept.
     """
     return max_new_tokens > 256 and max_new_tokens * max_keys > 1024 * 1024
 
