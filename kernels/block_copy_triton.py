@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from paceline.kernels.launch import launch
+
 WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
 """Widest first; a thread moves two or more at once where addresses allow it."""
 
@@ -171,7 +173,7 @@ def _launch(
             f"{num_ids} blocks in chunks of {tile.chunk_words} words are {num_pieces} pieces, and "
             "one launch takes at most 2^30. Move fewer blocks at once."
         )
-    _move_blocks_kernel[(min(tile.num_programs, num_pieces),)](
+    launch(_move_blocks_kernel, (min(tile.num_programs, num_pieces),))(
         source,
         target,
         source_ids,

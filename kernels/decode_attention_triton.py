@@ -12,6 +12,7 @@ from paceline.kernels.decode_tiles import (
     choose_tiles,
     workspace_size,
 )
+from paceline.kernels.launch import launch
 from paceline.kernels.rope_kv_write_triton import check_rotation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -184,7 +185,7 @@ def _launch(
     # Without the option's name where it is off: the interpreter and old GPUs know none.
     options: dict[str, Any] = {"launch_pdl": True} if launch_early else {}
     grid = (num_kv_heads * tiles.num_m_tiles(num_queries), num_rows, tiles.num_splits)
-    attend_kernel[grid](
+    launch(attend_kernel, grid)(
         q,
         pool,
         tables,

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from paceline.kernels.launch import launch
+
 TAIL_DRAW = 2**32 - 1
 """As in `sampling`: the number of the tail's own noise. A token's number is its id."""
 
@@ -125,5 +127,7 @@ def random_words_triton(
     words = torch.empty((num_rows, num_draws), dtype=torch.int64, device=draws.device)
     noise = torch.empty((num_rows, num_draws), dtype=torch.float64, device=draws.device)
     block = triton.next_power_of_2(max(num_draws, 16))
-    _words_kernel[(num_rows,)](draws, words, noise, seeds, choices, indices, num_draws, BLOCK=block)
+    launch(_words_kernel, (num_rows,))(
+        draws, words, noise, seeds, choices, indices, num_draws, BLOCK=block
+    )
     return words, noise

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from paceline.kernels.launch import launch
 from paceline.kernels.sampling_slots_triton import (
     NUM_LOGPROBS,
     SamplingSlots,
@@ -93,10 +94,10 @@ def logprobs_triton(
         return
     num_tiles, max_best = workspace.tile_best.shape[1:]
     row_arguments = (logits, logits.stride(0), row_slots, slots, workspace)
-    _tile_kernel[(num_rows, num_tiles)](
+    launch(_tile_kernel, (num_rows, num_tiles))(
         *row_arguments, vocab_size, NUM_TILES=num_tiles, MAX_BEST=max_best, TILE=tile
     )
-    _merge_kernel[(num_rows,)](
+    launch(_merge_kernel, (num_rows,))(
         *row_arguments,
         chosen,
         out,

@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from paceline.kernels.launch import launch
 from paceline.kernels.prefill_tiles import TileTable, num_pool_rows, why_not_specialized
 
 ROWS = 64
@@ -415,7 +416,7 @@ def launch_prefill_attention_hopper(
     num_head_tiles = num_heads // tiles.heads_per_tile
     total = entries.shape[0] * num_head_tiles
     num_programs = min(_num_sms(q.device), total)
-    _prefill_attention_hopper_kernel[(num_programs,)](
+    launch(_prefill_attention_hopper_kernel, (num_programs,))(
         q,
         pool,
         out,

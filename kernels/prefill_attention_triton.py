@@ -34,6 +34,7 @@ import torch
 import triton
 import triton.language as tl
 
+from paceline.kernels.launch import launch
 from paceline.kernels.prefill_tiles import PrefillTiles, TileTable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -87,7 +88,7 @@ def prefill_attention_triton(
         return out
     num_head_tiles = num_heads // tiles.heads_per_tile
     grid = (tiles.heads_at_once, num_tiles, num_head_tiles // tiles.heads_at_once)
-    _prefill_attention_kernel[grid](
+    launch(_prefill_attention_kernel, grid)(
         q,
         kv[:, layer, :, 0],
         kv[:, layer, :, 1],

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from paceline.kernels.launch import launch
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 65536
 """A wider row would not stay in the registers of one program."""
@@ -97,7 +99,7 @@ def rms_norm_triton(
         raise ValueError(f"a tile of {tile.width} does not hold rows of {width}")
     if num_rows:
         options = {"launch_pdl": True} if launch_early else {}
-        _rms_norm_kernel[(num_rows,)](
+        launch(_rms_norm_kernel, (num_rows,))(
             x,
             weight,
             out,

@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from paceline.kernels.launch import launch
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -199,7 +201,7 @@ def rope_kv_write_triton(
     if num_tokens:
         plane = kv.select(1, layer)
         options = {"launch_pdl": True} if launch_early else {}
-        _rope_kv_write_kernel[(num_tokens, triton.cdiv(all_heads, tile.num_heads))](
+        launch(_rope_kv_write_kernel, (num_tokens, triton.cdiv(all_heads, tile.num_heads)))(
             qkv,
             out,
             cos_sin,

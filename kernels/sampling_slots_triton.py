@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from paceline.kernels.launch import launch
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TILE = 4096
 """Tokens of the vocabulary that a program clears and counts"""
@@ -143,7 +145,7 @@ def start_slots_triton(starts: torch.Tensor, num_starts: int, slots: SamplingSlo
         raise ValueError("the slots' tensors must be contiguous")
     if num_starts:
         vocab_size = slots.seen.shape[1]
-        _start_kernel[(num_starts, triton.cdiv(vocab_size, _TILE))](
+        launch(_start_kernel, (num_starts, triton.cdiv(vocab_size, _TILE)))(
             starts, slots, slots.edits.stride(0), vocab_size, TILE=_TILE, BLOCK=_BLOCK
         )
 

@@ -38,6 +38,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from paceline.kernels.launch import launch
 from paceline.kernels.sampling import MAX_VOCAB_SIZE
 from paceline.kernels.sampling_finish_triton import finish_kernel
 from paceline.kernels.sampling_floor_triton import STATE_WIDTH
@@ -208,7 +209,7 @@ def sample_triton(
     num_tiles = triton.cdiv(vocab_size, tile)
     num_chunks = workspace.chunk_best.shape[1]
     chunk = num_tiles * tile // num_chunks
-    prepare_kernel[(num_rows, num_tiles)](
+    launch(prepare_kernel, (num_rows, num_tiles))(
         logits,
         logits.stride(0),
         row_slots,
@@ -235,7 +236,7 @@ def sample_triton(
     if any_random and any_filtered:
         search = scored | {"MAX_LISTED": workspace.list_keys.shape[1]}
         searched = (logits, logits.stride(0), row_slots, slots, workspace, vocab_size)
-        shortlist_kernel[(num_rows,)](
+        launch(shortlist_kernel, (num_rows,))(
             *drawn,
             **tiles,
             HAS_MASK=allowed_mask is not None,
@@ -248,13 +249,13 @@ def sample_triton(
             SAMPLE=tile,
             **_SHORTLIST,
         )
-        divide_kernel[shared](*searched, **search, **_DIVIDE)
+        launch(divide_kernel, shared)(*searched, **search, **_DIVIDE)
         for _ in range(NUM_PASSES):
-            narrow_kernel[shared](*searched, **search, CHUNK=chunk, **_NARROW)
+            launch(narrow_kernel, shared)(*searched, **search, CHUNK=chunk, **_NARROW)
     if any_random:
-        race_kernel[shared](*drawn, **scored, CHUNK=chunk, **_RACE)
+        launch(race_kernel, shared)(*drawn, **scored, CHUNK=chunk, **_RACE)
     finished = (row_slots, indices, slots, workspace, out, vocab_size)
-    finish_kernel[(num_rows,)](*finished, **tiles, ANY_RANDOM=any_random, **_FINISH)
+    launch(finish_kernel, (num_rows,))(*finished, **tiles, ANY_RANDOM=any_random, **_FINISH)
 
 
 def _check(

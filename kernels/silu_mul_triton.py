@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from paceline.kernels.launch import launch
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -90,7 +92,7 @@ def silu_mul_triton(
         tile = choose_tile(num_rows)
     if num_rows and width:
         options = {"launch_pdl": True} if launch_early else {}
-        _silu_mul_kernel[(num_rows, triton.cdiv(width, tile.width))](
+        launch(_silu_mul_kernel, (num_rows, triton.cdiv(width, tile.width)))(
             gate_up,
             out,
             gate_up.stride(0),

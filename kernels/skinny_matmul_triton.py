@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from paceline.kernels.launch import launch
 from paceline.kernels.prefetch_triton import prefetch_l2
 from paceline.kernels.skinny_tiles import (
     LINE_BYTES,
@@ -80,7 +81,7 @@ def skinny_matmul_triton(
     )
     # Without the option's name where it is off: the interpreter and old GPUs know none.
     options: dict[str, Any] = {"launch_pdl": True} if tiles.launch_early else {}
-    _skinny_matmul_kernel[grid](
+    launch(_skinny_matmul_kernel, grid)(
         x,
         weight,
         bias,

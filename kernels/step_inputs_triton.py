@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from paceline.kernels.launch import launch
+
 _WIDTH = 256
 """Entries that a program takes at a time"""
 
@@ -100,7 +102,7 @@ def set_table_entries_triton(
             "of one length"
         )
     if num_changes:
-        _set_table_entries_kernel[(triton.cdiv(num_changes, _WIDTH),)](
+        launch(_set_table_entries_kernel, (triton.cdiv(num_changes, _WIDTH),))(
             tables, slots, columns, blocks, num_changes, tables.stride(0), WIDTH=_WIDTH
         )
 
@@ -146,7 +148,7 @@ def resolve_rows_triton(
         )
     num_programs = num_rows + triton.cdiv(num_tokens, _WIDTH)
     if num_programs:
-        _resolve_rows_kernel[(num_programs,)](
+        launch(_resolve_rows_kernel, (num_programs,))(
             tables,
             last_samples,
             row_slots,
@@ -176,7 +178,7 @@ def keep_samples_triton(
     if token_ids.shape[0] != num_samples:
         raise ValueError(f"{num_samples} slots and {token_ids.shape[0]} tokens: not of one length")
     if num_samples:
-        _keep_samples_kernel[(triton.cdiv(num_samples, _WIDTH),)](
+        launch(_keep_samples_kernel, (triton.cdiv(num_samples, _WIDTH),))(
             last_samples, sample_slots, token_ids, num_samples, WIDTH=_WIDTH
         )
 

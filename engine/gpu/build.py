@@ -4,7 +4,7 @@ Everything that a step may compile is compiled here, so that no request waits fo
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from paceline.engine.model_config import ModelConfig
 from paceline.engine.settings import EngineSettings
 from paceline.engine.step_kernels import StepModel
 from paceline.engine.step_plan import SlotStart, StepPlan
+from paceline.kernels.launch import compile_ahead
 from paceline.kv_layout import KvLayout
 from paceline.sampling_params import SamplingParams
 
@@ -86,13 +87,17 @@ def build_runner(
     """
     settings = build.settings
     weights = _allocated(build.device)
-    with timed("compile kernels and measure a step"):
+    with timed("compile kernels"):
         sampler = build.make_sampler()
-        sampler.compile_kernels()
         runner, pool = build.make_runner(sampler, num_blocks=2)
         state = _allocated(build.device) - weights
+        compile_ahead(lambda: _run_every_kernel(runner, sampler, build))
+    with timed("measure a step"):
+        sizes = graph_sizes(settings.max_num_seqs)
+        # Without graphs, each size is launched once, so that no request waits for that.
+        needed = sizes[-1:] if captures else sizes
         activations = _peak(build.device, lambda: _run_prefills(runner, build))
-        decode = _peak(build.device, lambda: _run_decodes(runner, build, captures))
+        decode = _peak(build.device, lambda: _run_decodes(runner, needed))
         runner.close()
         del runner, pool
         activations = max(activations, decode)
@@ -136,6 +141,12 @@ def _plan(
     return MemoryPlan(total, free - again, weights, state, activations, graphs)
 
 
+def _run_every_kernel(runner: GpuModelRunner, sampler: GpuSampler, build: GpuBuild) -> None:
+    sampler.compile_kernels()
+    _run_prefills(runner, build)
+    _run_decodes(runner, graph_sizes(build.settings.max_num_seqs))
+
+
 def _run_prefills(runner: GpuModelRunner, build: GpuBuild) -> None:
     """Run a step of each kind of tile, then the one of most tokens and samples."""
     max_tokens = build.settings.max_num_batched_tokens
@@ -149,15 +160,14 @@ def _run_prefills(runner: GpuModelRunner, build: GpuBuild) -> None:
     _run(runner, [min(max_tokens // num_rows, build.max_model_len)] * num_rows)
 
 
-def _run_decodes(runner: GpuModelRunner, build: GpuBuild, captures: bool) -> None:
-    """Run a decode step of the largest size; of every size if none of them will be captured."""
-    sizes = graph_sizes(build.settings.max_num_seqs)
-    for size in sizes[-1:] if captures else sizes:
+def _run_decodes(runner: GpuModelRunner, sizes: Sequence[int]) -> None:
+    """Run a decode step of each size."""
+    for size in sizes:
         _run(runner, [1] * size)
 
 
 def _run(runner: GpuModelRunner, counts: list[int], start: int = 0) -> None:
-    """Run a step of rows with so many new tokens, and a block copy; all tables name block 0."""
+    """Run a step of rows with so many new tokens, and every change; all tables name block 0."""
     num_rows = len(counts)
     slots = np.arange(num_rows, dtype=np.int32)
     num_new = np.array(counts, dtype=np.int32)
@@ -176,6 +186,9 @@ def _run(runner: GpuModelRunner, counts: list[int], start: int = 0) -> None:
         sample_slots=slots,
         sample_indices=np.zeros(num_rows, dtype=np.int32),
         slot_starts=[SlotStart(slot, sampling, 0, empty, empty) for slot in range(num_rows)],
+        table_slots=slots[:1],
+        table_columns=slots[:1],
+        table_blocks=slots[:1],
         copy_sources=slots[:1],
         copy_targets=slots[:1] + 1,
     )

@@ -13,7 +13,7 @@ from paceline.cluster.settings import DeploymentSettings
 
 GPU_STEPS = (
     StartupStep("load weights (15.0 GB at 21.3 GB/s)", 0.7),
-    StartupStep("compile kernels and measure a step", 12.04),
+    StartupStep("compile kernels", 12.04),
     StartupStep("allocate the KV pool (64,123 blocks, 100.2 GiB)", 0.1),
     StartupStep("capture 12 CUDA graphs", 3.0),
 )
@@ -52,7 +52,7 @@ def test_a_ready_process_is_one_line_with_each_step_and_its_time() -> None:
     ready = snapshot(ProcessState.READY, GPU_STEPS)
     assert lines(snapshot(), ready, ready) == (
         "  ✓ decode-0 15.9 s load weights (15.0 GB at 21.3 GB/s) 0.7 s · "
-        "compile kernels and measure a step 12.0 s · "
+        "compile kernels 12.0 s · "
         "allocate the KV pool (64,123 blocks, 100.2 GiB) 0.1 s · capture 12 CUDA graphs 3.0 s\n"
     )
 
