@@ -17,6 +17,8 @@ from paceline.kernels.sampling_slots_triton import (
     HAS_PENALTIES,
     SEED,
     TEMPERATURE,
+    TOP_K,
+    TOP_P,
     slot_float,
     slot_int,
     slot_wide,
@@ -28,7 +30,7 @@ STATUS_NOT_FINITE = 1
 STATUS_NONE_ALLOWED = 2
 
 STATUS_NONE_DRAWN = 3
-"""The draw gave none of the vocabulary's tokens, which is a defect of these kernels."""
+"""No token of the vocabulary was drawn, or not as its slot wants: a defect of what samples."""
 
 _OK: tl.constexpr = tl.constexpr(STATUS_OK)
 _NOT_FINITE: tl.constexpr = tl.constexpr(STATUS_NOT_FINITE)
@@ -76,8 +78,9 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     NUM_TILES: tl.constexpr,
     TILES_BLOCK: tl.constexpr,
     ANY_RANDOM: tl.constexpr,
+    ANY_FILTERED: tl.constexpr,
 ):
-    """A program: a row."""
+    """A program: a row. What its slot needs of sampling and was not done is found out here."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(row_slots + row).to(tl.int64)
     if slot < 0:
@@ -95,10 +98,15 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     if status != _OK:
         tl.store(out.token_ids + row, -1)
         return
-    if ANY_RANDOM:
-        temperature = slot_float(slots, slot, TEMPERATURE)
-        if temperature > 0.0:
+    if slot_float(slots, slot, TEMPERATURE) > 0.0:
+        if ANY_RANDOM:
             token = _draw(indices, slots, slot, workspace, row, NUM_TILES, TILES_BLOCK)
+        if not (ANY_RANDOM and ANY_FILTERED):
+            top_k = slot_int(slots, slot, TOP_K)
+            share = slot_wide(slots, slot, TOP_P).to(tl.float64, bitcast=True)
+            is_filtered = ((top_k > 0) & (top_k < vocab_size)) | (share < 1.0)
+            if is_filtered | (not ANY_RANDOM):
+                token = -1
     # Whatever went wrong before: no token outside the vocabulary leaves, or becomes an address.
     if (token < 0) | (token >= vocab_size):
         tl.store(out.status + row, _NONE_DRAWN)

@@ -198,9 +198,10 @@ def sample_triton(
     `logits` is [R, V], rows of any stride, and not changed; `row_slots` and `indices` (output
     index) are int32 [R]; a row of slot -1 does nothing. `allowed_mask` is int32 [R, ceil(V / 32)]
     as for the sampler. `any_random=False` promises that every slot is greedy, and
-    `any_filtered=False` that none has top_k or top_p. A slot with penalties has one row. Sizes and
-    the options are of the launch, all else is read on the device, so that a launch can be captured.
-    `workspace` was allocated with `tile`.
+    `any_filtered=False` that none has top_k or top_p; a row whose slot breaks a promise gets
+    STATUS_NONE_DRAWN. A slot with penalties has one row. Sizes and the options are of the launch,
+    all else is read on the device, so that a launch can be captured. `workspace` was allocated with
+    `tile`.
     """
     num_rows, vocab_size = _check(logits, row_slots, indices, slots, out, allowed_mask)
     _check_room(workspace, slots, num_rows, vocab_size, tile)
@@ -255,7 +256,8 @@ def sample_triton(
     if any_random:
         launch(race_kernel, shared)(*drawn, **scored, CHUNK=chunk, **_RACE)
     finished = (row_slots, indices, slots, workspace, out, vocab_size)
-    launch(finish_kernel, (num_rows,))(*finished, **tiles, ANY_RANDOM=any_random, **_FINISH)
+    done = {"ANY_RANDOM": any_random, "ANY_FILTERED": any_filtered}
+    launch(finish_kernel, (num_rows,))(*finished, **tiles, **done, **_FINISH)
 
 
 def _check(

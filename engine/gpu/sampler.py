@@ -222,8 +222,8 @@ class GpuSampler:
             if sampled.status[row] == STATUS_NONE_ALLOWED:
                 raise none_allowed_error(self._vocab_size, int(slots[row]))
             raise IntegrityError(
-                f"the draw for slot {int(slots[row])} gave none of the {self._vocab_size} tokens: "
-                "the sampling kernels are wrong for these logits and parameters"
+                f"the draw for slot {int(slots[row])} gave none of the {self._vocab_size} tokens, "
+                "or was not made as its parameters want: a defect of the sampler"
             )
         token_ids: Int32Array = sampled.token_ids[:num_samples].numpy().copy()
         if not with_logprobs:

@@ -11,6 +11,7 @@ from sampling_driver import Case, SamplingDriver, make_logits
 
 from paceline.kernels import sampling_triton
 from paceline.kernels.sampling import lowest_kept
+from paceline.kernels.sampling_finish_triton import STATUS_NONE_DRAWN, STATUS_OK
 from paceline.kernels.sampling_floor_triton import DONE, DRAWN, KEPT_END, MODE
 from paceline.sampling_params import SamplingParams
 
@@ -175,6 +176,34 @@ def test_a_launch_that_promises_no_filters_gives_the_same_tokens() -> None:
     driver = SamplingDriver(cases, VOCAB_SIZE, TILE)
     out = driver.sample(logits, [0] * 3, any_filtered=False)
     assert out.token_ids.tolist() == driver.expected(logits, [0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("promise", "broken"),
+    [
+        ({"any_random": False}, [False, True, True, True, True]),
+        ({"any_filtered": False}, [False, False, True, True, False]),
+    ],
+)
+def test_a_row_that_breaks_a_promise_gets_no_token(
+    promise: dict[str, bool], broken: list[bool]
+) -> None:
+    changes: list[dict[str, float]] = [
+        {"temperature": 0.0},
+        {},
+        {"top_k": 5},
+        {"top_p": 0.9},
+        {"top_k": VOCAB_SIZE},
+    ]
+    cases = [Case(SamplingParams(seed=1, **change)) for change in changes]  # type: ignore[arg-type]
+    logits = make_logits(2, len(cases), VOCAB_SIZE, 1.0)
+    driver = SamplingDriver(cases, VOCAB_SIZE, TILE)
+    out = driver.sample(logits, [0] * len(cases), **promise)
+    expected = driver.expected(logits, [0] * len(cases))
+    assert out.status.tolist() == [STATUS_NONE_DRAWN if bad else STATUS_OK for bad in broken]
+    assert out.token_ids.tolist() == [
+        -1 if bad else token for bad, token in zip(broken, expected, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("tile", [2, 96, 8192])

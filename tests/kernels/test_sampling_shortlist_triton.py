@@ -67,11 +67,12 @@ def test_as_many_tokens_as_chunks_and_one_more(top_k: int) -> None:
         assert not torch.equal(kept, logits[row] >= best[-1])
 
 
-@pytest.mark.parametrize(("max_short", "at_once"), [(31, False), (32, True)])
-def test_ties_at_the_bound_are_all_listed_or_none(max_short: int, at_once: bool) -> None:
-    # Thirty equal tokens, of which top_k ends at the second, in two chunks; two better ones.
+@pytest.mark.parametrize(("num_ties", "at_once"), [(31, False), (30, True)])
+def test_ties_at_the_bound_are_all_listed_or_none(num_ties: int, at_once: bool) -> None:
+    # Equal tokens, of which top_k ends at the second, in two chunks; two better ones.
+    max_short = 32
     logits = torch.full((3, VOCAB_SIZE), -2.0)
-    logits[:, 320:350] = 1.0
+    logits[:, 320 : 320 + num_ties] = 1.0
     logits[:, 7] = logits[:, 990] = 1.5
     driver = make_driver([SamplingParams(seed=seed, top_k=4) for seed in range(3)], max_short)
     assert check(driver, logits) == [at_once] * 3
