@@ -3,10 +3,12 @@
 What only a GPU shows is in the tests that are marked so.
 """
 
+import collections
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from typing import Any
 
 import gluon_stand_in
@@ -24,6 +26,7 @@ if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
 from gluon_stand_in import Descriptor, Pointer, StandIn
 
 from paceline.kernels import prefill_attention_hopper as hopper
+from paceline.kernels import prefill_attention_hopper_kernel as hopper_kernel
 from paceline.kernels.prefill_attention_triton import prefill_attention_triton
 from paceline.kernels.prefill_tiles import PrefillTiles, TileTable, make_tile_table
 
@@ -50,21 +53,20 @@ class Launcher:
         taken: list[Any] = []
         for argument in arguments:
             if isinstance(argument, hopper.TensorDescriptor):
-                rows = argument.base.as_strided(argument.shape, argument.strides)
-                taken.append(Descriptor(rows, argument.block_shape))
+                taken.append(Descriptor(argument))
             elif isinstance(argument, torch.Tensor):
                 taken.append(Pointer(argument))
             else:
                 taken.append(argument)
-        self._stand_in.run("_prefill_attention_hopper_kernel", *taken, **sizes)
+        self._stand_in.run("prefill_attention_hopper_kernel", *taken, **sizes)
 
 
 def use_few_programs(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> StandIn:
     """Launch programs that take several tiles each; by the stand-in where there is no GPU."""
     monkeypatch.setattr(hopper, "_num_sms", lambda _: 3)
-    stand_in = StandIn(hopper, 3, seed)
+    stand_in = StandIn(hopper_kernel, 3, seed)
     if device() == "cpu":
-        monkeypatch.setattr(hopper, "_prefill_attention_hopper_kernel", Launcher(stand_in))
+        monkeypatch.setattr(hopper, "prefill_attention_hopper_kernel", Launcher(stand_in))
     return stand_in
 
 
@@ -82,6 +84,7 @@ def attend(
     *,
     window: int | None = None,
     num_tiles: int | None = None,
+    layer: int = LAYER,
 ) -> torch.Tensor:
     lengths = np.array(starts) + np.array(counts)
     offsets = np.concatenate(([0], np.cumsum(counts)))
@@ -92,7 +95,7 @@ def attend(
     return prefill_attention_triton(
         q,
         paged.kv,
-        LAYER,
+        layer,
         torch.from_numpy(paged.tables).to(device()),
         torch.from_numpy(lengths.astype(np.int32)).to(device()),
         torch.from_numpy(offsets.astype(np.int32)).to(device()),
@@ -225,6 +228,27 @@ def test_buffers_that_only_one_half_gives_back_are_noticed(monkeypatch: pytest.M
         attend(paged, q, [512], [300], make_tiles(64))
 
 
+@pytest.mark.skipif(device() != "cpu", reason="a GPU may be right without")
+@pytest.mark.parametrize("missing", ["queries", "values"])
+def test_missing_fences_are_noticed(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of each part is that of its queries, the second that of the row's last block."""
+    stand_in = use_few_programs(monkeypatch)
+    fence = stand_in.names["fence_async_shared"]
+    counts: collections.Counter[int] = collections.Counter()
+
+    def fence_others() -> None:
+        counts[threading.get_ident()] += 1
+        if threading.current_thread().name.startswith("part") and (
+            counts[threading.get_ident()] != {"queries": 1, "values": 2}[missing]
+        ):
+            fence()
+
+    stand_in.names["fence_async_shared"] = fence_others
+    paged, q = make_context([0], [100])
+    with pytest.raises(AssertionError, match="a store was not fenced"):
+        attend(paged, q, [0], [100], make_tiles(128))
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (1, 0, 2, 3, 4, 5), (3, 1, 0, 2, 4, 5)])
 @pytest.mark.usefixtures("few_programs")
 def test_pools_in_any_order_of_their_dimensions(order: tuple[int, ...]) -> None:
@@ -233,6 +257,58 @@ def test_pools_in_any_order_of_their_dimensions(order: tuple[int, ...]) -> None:
     kv = paged.kv.permute(order).contiguous().permute(*np.argsort(order).tolist())
     output = attend(paged._replace(kv=kv), q, starts, counts, make_tiles())
     assert_near(output, expected(paged, q, counts))
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_layers_and_pools_in_turn() -> None:
+    """What is kept of a pool is of no layer, and of no other pool."""
+    starts, counts = [20], [130]
+    contexts = [make_context(starts, counts, block_tokens=size) for size in (16, 32, 16)]
+    for paged, _ in contexts:
+        paged.kv[:, 0] = -paged.kv[:, LAYER]
+    for layer, sign in ((LAYER, 1), (0, -1), (LAYER, 1)):
+        for paged, q in contexts:
+            output = attend(paged, q, starts, counts, make_tiles(), layer=layer)
+            keys, values = [sign * k for k in paged.keys], [sign * v for v in paged.values]
+            assert_near(output, expected(paged._replace(keys=keys, values=values), q, counts))
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_a_pool_is_looked_at_once() -> None:
+    paged, q = make_context([0], [40])
+    before = hopper._pool_rows.cache_info()
+    for _ in range(3):
+        attend(paged, q, [0], [40], make_tiles())
+    after = hopper._pool_rows.cache_info()
+    assert (after.misses - before.misses, after.hits - before.hits) == (1, 2)
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_a_pool_that_its_owner_drops_is_freed() -> None:
+    paged, q = make_context([0], [40])
+    attend(paged, q, [0], [40], make_tiles())
+    pool, memory = weakref.ref(paged.kv), weakref.ref(paged.kv.untyped_storage())
+    del paged
+    assert pool() is None
+    assert memory() is None
+
+
+def test_pools_one_after_another_are_told_apart() -> None:
+    """Each, once freed, may leave the next its address, and its place among Python's objects."""
+    for order in [(0, 1), (1, 0)] * 8:
+        kv = torch.empty(2, 2, 2, 2, 16, 64, dtype=torch.bfloat16).permute(*order, 2, 3, 4, 5)
+        rows = hopper._pool_rows(weakref.ref(kv), kv.data_ptr(), 128)
+        assert (rows.block, rows.layer) == ((128, 64) if order == (0, 1) else (64, 128))
+        del kv
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_a_table_of_spare_entries_alone_needs_no_row() -> None:
+    """There is not even a length to read."""
+    paged, q = make_context([0], [40])
+    none = paged._replace(tables=paged.tables[:0])
+    output = attend(none, q, [], [], make_tiles(), num_tiles=3)
+    torch.testing.assert_close(output, poisoned(tuple(q.shape), q.dtype), equal_nan=True)
 
 
 @pytest.mark.usefixtures("few_programs")
@@ -275,7 +351,7 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from paceline.kernels.prefill_attention_hopper import _prefill_attention_hopper_kernel as kernel
+from paceline.kernels.prefill_attention_hopper import prefill_attention_hopper_kernel as kernel
 
 sizes = dict(
     HEADS=1, NUM_HEAD_TILES=32, SHARERS=4, HEAD_DIM=128, BLOCK_TOKENS=16, WINDOW=0, ROWS=64,

@@ -2,10 +2,12 @@
 
 Shows what a kernel computes, whether its parts wait for each other for ever, and whether each waits
 for what it uses: a buffer is spoilt as soon as a copy to it begins, copies arrive late and in any
-order, and what a product reads must not change until the product is waited for. Parts pause at
-random. Not shown: what a compiler or the hardware gets wrong.
+order, and what a product reads must not change until the product is waited for. Stores to shared
+memory must be fenced before a product or a copy comes to it. Parts pause at random. Not shown: what
+a compiler or the hardware gets wrong, nor whether the warps of one part wait for each other.
 """
 
+import ctypes
 import random
 import threading
 import time
@@ -43,10 +45,18 @@ class Pointer:
 
 
 class Descriptor:
-    """Rows of a pool that are copied in pieces."""
+    """Rows of a pool that are copied in pieces: of what lies at the address, as on a GPU."""
 
-    def __init__(self, rows: torch.Tensor, block_shape: list[int]) -> None:
-        self.rows, self.block_shape = rows, block_shape
+    def __init__(self, descriptor: Any) -> None:
+        base = descriptor.base
+        (num_rows, row_size), (stride, _) = descriptor.shape, descriptor.strides
+        num_elements = (num_rows - 1) * stride + row_size
+        memory = (ctypes.c_byte * (num_elements * base.dtype.itemsize)).from_address(
+            base.data_ptr()
+        )
+        elements = torch.frombuffer(memory, dtype=base.dtype)
+        self.rows = elements.as_strided(descriptor.shape, descriptor.strides)
+        self.block_shape = descriptor.block_shape
 
 
 class Barrier:
@@ -73,26 +83,57 @@ class Barrier:
             raise TimeoutError(f"phase {self.phase} of {self.arrived} of {self.count} never ended")
 
 
+class Stores:
+    """Where each part has stored to and not fenced: products and copies come by another way."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._places: dict[int, list[range]] = {}
+
+    def add(self, data: torch.Tensor) -> None:
+        with self._lock:
+            self._places.setdefault(threading.get_ident(), []).append(bytes_of(data))
+
+    def fence(self) -> None:
+        with self._lock:
+            self._places.pop(threading.get_ident(), None)
+
+    def check(self, data: torch.Tensor, *, of_all: bool) -> None:
+        """Raise where a store of this part, or of any, is not fenced."""
+        read = bytes_of(data)
+        with self._lock:
+            for part, places in self._places.items():
+                for place in places if of_all or part == threading.get_ident() else []:
+                    apart = place.stop <= read.start or read.stop <= place.start
+                    assert apart, "a store was not fenced"
+
+
+def bytes_of(data: torch.Tensor) -> range:
+    return range(data.data_ptr(), data.data_ptr() + data.numel() * data.itemsize)
+
+
 class Buffer:
     """Shared memory."""
 
-    def __init__(self, data: torch.Tensor) -> None:
+    def __init__(self, data: torch.Tensor, stores: Stores) -> None:
         self.data, self.dtype, self.shape = data, data.dtype, data.shape
+        self.stores = stores
 
     def index(self, number: int) -> "Buffer":
-        return Buffer(self.data[number])
+        return Buffer(self.data[number], self.stores)
 
     def slice(self, start: int, length: int) -> "Buffer":
-        return Buffer(self.data[start : start + length])
+        return Buffer(self.data[start : start + length], self.stores)
 
     def permute(self, order: tuple[int, ...]) -> "Buffer":
-        return Buffer(self.data.permute(order))
+        return Buffer(self.data.permute(order), self.stores)
 
     def load(self, _layout: object) -> torch.Tensor:
         return self.data.clone()
 
     def store(self, values: torch.Tensor) -> None:
         self.data.copy_(values)
+        self.stores.add(self.data)
 
 
 class Barriers:
@@ -149,6 +190,7 @@ class CopyEngine:
         for number in range(pool.block_shape[0]):
             if 0 <= row + number < len(pool.rows):
                 arriving[number] = pool.rows[row + number]
+        target.stores.check(target.data, of_all=True)
         target.data.fill_(torch.nan)
 
         def arrive() -> None:
@@ -179,6 +221,9 @@ class Product:
     """A product that runs until it is waited for."""
 
     def __init__(self, a: Any, b: Buffer, sums: Any, use_acc: bool = True, **_: object) -> None:
+        for x in (a, b):
+            if isinstance(x, Buffer):
+                x.stores.check(x.data, of_all=False)
         self._operands = [x.data for x in (a, b) if isinstance(x, Buffer)]
         self._begun_with = [x.clone() for x in self._operands]
         a = a.data if isinstance(a, Buffer) else a
@@ -189,12 +234,6 @@ class Product:
             same = torch.equal(old.view(torch.int16), new.contiguous().view(torch.int16))
             assert same, "what a product reads changed while it ran"
         return self._result
-
-
-def allocate(dtype: Any, shape: list[int], _layout: object) -> Any:
-    if dtype is torch.int64:
-        return Barriers(shape[0])
-    return Buffer(torch.full(shape, torch.nan, dtype=dtype))
 
 
 class StandIn:
@@ -208,6 +247,7 @@ class StandIn:
         self._program = 0
         self._num_programs = num_programs
         self._pauses = random.Random(seed)
+        self._stores = Stores()
         self.names: dict[str, Any] = dict(vars(module))
         for name, value in vars(module).items():
             if hasattr(value, "fn"):
@@ -222,7 +262,7 @@ class StandIn:
                 expect=lambda barrier, num_bytes: barrier.change(1, num_bytes),
                 arrive=lambda barrier: barrier.change(1, 0),
             ),
-            "fence_async_shared": lambda: None,
+            "fence_async_shared": self._stores.fence,
             "warpgroup_mma": Product,
             "warpgroup_mma_wait": self._wait_for_products,
         }
@@ -245,6 +285,11 @@ class StandIn:
         pause(self._pauses)
         done = [x.wait() if isinstance(x, Product) else x for x in deps]
         return done[0] if len(done) == 1 else tuple(done)
+
+    def _allocate(self, dtype: Any, shape: list[int], _layout: object) -> Any:
+        if dtype is torch.int64:
+            return Barriers(shape[0])
+        return Buffer(torch.full(shape, torch.nan, dtype=dtype), self._stores)
 
     def _language(self) -> Any:
         def ignored(*_: object) -> None:
@@ -271,7 +316,7 @@ class StandIn:
             max=torch.amax,
             sum=torch.sum,
             convert_layout=lambda values, _: values,
-            allocate_shared_memory=allocate,
+            allocate_shared_memory=self._allocate,
             warp_specialize=specialize,
             BlockedLayout=ignored,
             DotOperandLayout=ignored,
