@@ -122,7 +122,8 @@ def load_engine(
     num_heads = parallel.share(config.num_heads, "attention heads")
     runner, pool, memory = build_runner(
         GpuBuild(config, llama, num_heads, layout, settings, max_model_len, device),
-        captures=decodes and not settings.enforce_eager,
+        captures=not settings.enforce_eager,
+        decodes=decodes,
         timed=timed,
         on_progress=on_progress,
     )

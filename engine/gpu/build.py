@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from paceline.engine.gpu.graphs import graph_sizes
+from paceline.engine.gpu.graphs import graph_sizes, prompt_shapes
 from paceline.engine.gpu.memory import MemoryPlan
 from paceline.engine.gpu.model_runner import GpuModelRunner
 from paceline.engine.gpu.prefill_plan import LONGEST_CHUNKS
@@ -79,9 +79,9 @@ class GpuBuild:
 
 
 def build_runner(
-    build: GpuBuild, *, captures: bool, timed: Timed, on_progress: OnProgress
+    build: GpuBuild, *, captures: bool, decodes: bool, timed: Timed, on_progress: OnProgress
 ) -> tuple[GpuModelRunner, KvPool, MemoryPlan]:
-    """Build the runner; with `captures` decode steps become graphs.
+    """Build the runner; with `captures` steps become graphs, with `decodes` those of decode, too.
 
     Raises CapacityError when the pool does not fit.
     """
@@ -101,7 +101,7 @@ def build_runner(
         runner.close()
         del runner, pool
         activations = max(activations, decode)
-        graphs = _graph_bytes(build, decode) if captures else 0
+        graphs = _graph_bytes(build, decode, decodes=decodes) if captures else 0
         # The runner is made anew, so that what it freed just now is not free.
         again = state - sampler.num_bytes
         plan = _plan(build.device, weights, state, activations, graphs, again)
@@ -115,20 +115,31 @@ def build_runner(
     with timed(f"allocate the KV pool ({num_blocks:,} blocks, {pool_gib:.1f} GiB)"):
         runner, pool = build.make_runner(sampler, num_blocks)
     if captures:
-        with timed(f"capture {runner.num_graphs} CUDA graphs"):
+        num_graphs = runner.num_graphs(decodes=decodes)
+        with timed(f"capture {num_graphs} CUDA graphs"):
             numbers = itertools.count(1)
             runner.capture_graphs(
-                lambda: on_progress("Capturing CUDA graphs", next(numbers) / runner.num_graphs)
+                lambda: on_progress("Capturing CUDA graphs", next(numbers) / num_graphs),
+                decodes=decodes,
             )
     return runner, pool, plan
 
 
-def _graph_bytes(build: GpuBuild, decode: int) -> int:
-    """Estimate what captured decode steps keep; `decode`: what the largest takes at most."""
-    sizes = graph_sizes(build.settings.max_num_seqs)
+def _graph_bytes(build: GpuBuild, decode: int, *, decodes: bool) -> int:
+    """Estimate what captured steps keep; `decode`: what the largest decode step takes at most."""
+    settings = build.settings
+    # Steps with prompts take what a decode step of as many rows does, or little more.
+    rows = [
+        shape.num_rows
+        for shape in prompt_shapes(settings.max_num_seqs, settings.max_num_batched_tokens)
+    ]
+    num_pools = 1
+    if decodes:
+        rows += graph_sizes(settings.max_num_seqs)
+        num_pools = 2
     dtype_bytes = TORCH_DTYPES[build.layout.groups[0].planes[0].dtype].itemsize
-    logits = sum(sizes) * build.config.vocab_size * dtype_bytes  # each graph keeps its own
-    return decode + logits + len(sizes) * GRAPH_BYTES
+    logits = sum(rows) * build.config.vocab_size * dtype_bytes  # each graph keeps its own
+    return num_pools * decode + logits + len(rows) * GRAPH_BYTES
 
 
 def _plan(
@@ -143,8 +154,8 @@ def _plan(
 
 def _run_every_kernel(runner: GpuModelRunner, sampler: GpuSampler, build: GpuBuild) -> None:
     sampler.compile_kernels()
+    runner.launch_captured_shapes()
     _run_prefills(runner, build)
-    _run_decodes(runner, graph_sizes(build.settings.max_num_seqs))
 
 
 def _run_prefills(runner: GpuModelRunner, build: GpuBuild) -> None:

@@ -1,20 +1,33 @@
-"""CUDA graphs of decode steps: one for each of a few batch sizes; a step takes the next larger.
+"""CUDA graphs of steps: one for each of a few shapes; a step takes the least that it fits into.
 
-    rows           1 2 3 4 5 6 7 8 9 ...
+    decode rows    1 2 3 4 5 6 7 8 9 ...
     captured as    1 2 4 4 8 8 8 8 16 ...         rows that pad have no slot, and do nothing
 
 A graph replays hundreds of kernels by one call, at the addresses and shapes that it was captured
-with. All share one pool of memory, since one runs at a time.
+with. All of a `StepGraphs` share one pool of memory, since one runs at a time.
 """
 
 import gc
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
+Shape = TypeVar("Shape", bound=Hashable)
 Result = TypeVar("Result")
+
+PROMPT_TOKENS = (16, 32, 64, *range(128, 513, 64))
+"""A larger step takes a GPU longer than its launches take a CPU."""
+FEW_ROWS = 64
+
+
+class PromptShape(NamedTuple):
+    """What a step with tokens of prompts is padded to."""
+
+    num_tokens: int
+    num_rows: int
+    """And samples"""
 
 
 def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
@@ -23,26 +36,50 @@ def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
     return (*(size for size in steps if size < max_num_seqs), max_num_seqs)
 
 
-class StepGraphs(Generic[Result]):
-    """What was captured for each size. On a CPU device, each step is computed instead."""
+def size_for(sizes: Sequence[int], num_rows: int) -> int | None:
+    """Return the smallest size that holds so many rows, if any does."""
+    number = bisect_left(sizes, num_rows)
+    return sizes[number] if number < len(sizes) else None
 
-    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        self.sizes = tuple(sorted(sizes))
+
+def prompt_shapes(max_num_seqs: int, max_num_tokens: int) -> tuple[PromptShape, ...]:
+    """Return the shapes to capture of steps with prompts: for few rows, and some for all."""
+    shapes = []
+    for num_tokens in PROMPT_TOKENS:
+        if num_tokens <= max_num_tokens:
+            most = min(num_tokens, max_num_seqs)
+            shapes.append(PromptShape(num_tokens, min(FEW_ROWS, most)))
+            if most > FEW_ROWS and num_tokens % 128 == 0:
+                shapes.append(PromptShape(num_tokens, most))
+    return tuple(shapes)
+
+
+def shape_for(shapes: Sequence[PromptShape], num_tokens: int, num_rows: int) -> PromptShape | None:
+    """Return the first shape that holds so many, if any does."""
+    fitting = (s for s in shapes if s.num_tokens >= num_tokens and s.num_rows >= num_rows)
+    return next(fitting, None)
+
+
+class StepGraphs(Generic[Shape, Result]):
+    """What was captured for each shape. On a CPU device, each step is computed instead."""
+
+    def __init__(self, shapes: Sequence[Shape], device: torch.device) -> None:
+        """shapes: from the smallest to the largest."""
+        self.shapes = tuple(shapes)
         self._is_cuda = device.type == "cuda"
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._results: dict[int, Result] = {}
-        self._compute: dict[int, Callable[[], Result]] = {}
+        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+        self._results: dict[Shape, Result] = {}
+        self._compute: dict[Shape, Callable[[], Result]] = {}
 
-    def size_for(self, num_rows: int) -> int | None:
-        """Return the smallest size that holds so many rows, if any does."""
-        number = bisect_left(self.sizes, num_rows)
-        return self.sizes[number] if number < len(self.sizes) else None
+    def __contains__(self, shape: Shape) -> bool:
+        """Whether it was captured."""
+        return shape in self._graphs or shape in self._compute
 
     def capture(
-        self, compute_of: Callable[[int], Callable[[], Result]], on_captured: Callable[[], None]
+        self, compute_of: Callable[[Shape], Callable[[], Result]], on_captured: Callable[[], None]
     ) -> None:
-        """Capture `compute_of(size)()` for every size, the largest first, so that it makes the pool
-        of memory that the others fit into.
+        """Capture `compute_of(shape)()` for every shape, the largest first, so that it makes the
+        pool of memory that the others fit into.
 
         It must work on tensors that stay where they are, and wait for nothing.
         """
@@ -51,32 +88,32 @@ class StepGraphs(Generic[Result]):
         gc.collect()
         gc.disable()
         try:
-            for size in reversed(self.sizes):
-                compute = compute_of(size)
+            for shape in reversed(self.shapes):
+                compute = compute_of(shape)
                 if self._is_cuda:
                     compute()  # compiles kernels and makes cuBLAS allocate, which capture forbids
                     torch.cuda.synchronize()
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph, pool=pool):
-                        self._results[size] = compute()
-                    self._graphs[size] = graph
+                        self._results[shape] = compute()
+                    self._graphs[shape] = graph
                 else:
-                    self._compute[size] = compute
+                    self._compute[shape] = compute
                 on_captured()
         finally:
             gc.enable()
 
-    def replay(self, size: int) -> Result:
+    def replay(self, shape: Shape) -> Result:
         """Launch a captured step; its result is in the same tensors each time."""
         if self._is_cuda:
-            self._graphs[size].replay()
+            self._graphs[shape].replay()
         else:
-            self._results[size] = self._compute[size]()
-        return self._results[size]
+            self._results[shape] = self._compute[shape]()
+        return self._results[shape]
 
-    def result(self, size: int) -> Result:
-        """Return what the last replay of a size gave, or will give."""
-        return self._results[size]
+    def result(self, shape: Shape) -> Result:
+        """Return what the last replay of a shape gave, or will give."""
+        return self._results[shape]
 
     def close(self) -> None:
         """Free the graphs and their memory."""

@@ -5,8 +5,9 @@
 
 What sequences keep from step to step lives on the device by slot: block tables, the last sampled
 token, sampling parameters. Steps in which every row decodes are padded to one of a few sizes and
-replay two CUDA graphs: of the layers, and of the kind of sampling that they need. The others are
-launched kernel by kernel.
+replay two CUDA graphs: of the layers, and of the kind of sampling that they need. Steps with few
+tokens of prompts are padded, too, and replay a graph of the layers. The others are launched kernel
+by kernel.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,22 +17,38 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from paceline.engine.gpu.graphs import StepGraphs, graph_sizes
-from paceline.engine.gpu.prefill_plan import PrefillPlan, PrefillPlanner, count_decode_rows
+from paceline.engine.gpu.graphs import (
+    PromptShape,
+    StepGraphs,
+    graph_sizes,
+    prompt_shapes,
+    shape_for,
+    size_for,
+)
+from paceline.engine.gpu.prefill_plan import PrefillPlanner, count_decode_rows
 from paceline.engine.gpu.sampler import SAMPLING_KINDS, GpuSampler, SamplingKind
-from paceline.engine.gpu.step_inputs import ChangeUpload, PinnedRing, RowShape, RowUpload
+from paceline.engine.gpu.step_inputs import (
+    NO_TILES,
+    ChangeUpload,
+    PinnedRing,
+    RowShape,
+    RowUpload,
+)
 from paceline.engine.gpu.step_kernels import GpuBatch, GpuStepKernels, KernelResources
 from paceline.engine.kv_pool import KvPool
 from paceline.engine.model_config import ModelConfig
 from paceline.engine.step_kernels import StepModel
 from paceline.engine.step_plan import FinishedStep, StepHandle, StepPlan, StepResult
 from paceline.kernels.block_copy_triton import block_copy_triton
-from paceline.kernels.prefill_tiles import TileTable
+from paceline.kernels.prefill_tiles import PrefillTiles, TileTable, most_tiles
 from paceline.kernels.step_inputs_triton import (
     keep_samples_triton,
     resolve_rows_triton,
     set_table_entries_triton,
 )
+
+PROMPT_DECODE_SIZE = 4
+"""Decode rows that a captured step with prompts has tiles for: more only split less."""
 
 
 class Computed(NamedTuple):
@@ -96,42 +113,56 @@ class GpuModelRunner:
         self._row_tables = empty(max_num_slots, num_columns)
         self._token_ids = empty(self._max_num_tokens)
         sizes = graph_sizes(max_num_slots)
-        self._layers: StepGraphs[Computed] = StepGraphs(sizes, device)
-        self._samplings: dict[SamplingKind, StepGraphs[None]] = {
+        shapes = prompt_shapes(max_num_slots, self._max_num_tokens)
+        self._layers: StepGraphs[int, Computed] = StepGraphs(sizes, device)
+        self._samplings: dict[SamplingKind, StepGraphs[int, None]] = {
             kind: StepGraphs(sizes, device) for kind in SAMPLING_KINDS
         }
-        self._has_graphs = False
+        self._prompts: StepGraphs[PromptShape, Computed] = StepGraphs(shapes, device)
         self._resources: KernelResources | None = KernelResources(
             config,
             num_heads,
             pool.kv,
             max_model_len=max_model_len,
-            decode_sizes=sizes,
+            decode_sizes=[(size, size) for size in sizes]
+            + [(shape.num_rows, PROMPT_DECODE_SIZE) for shape in shapes],
         )
         self._planner = PrefillPlanner(config, num_heads, pool.kv)
         self._rows = RowUpload(max_num_slots, self._max_num_tokens, sampler.max_num_samples, device)
         self._changes = ChangeUpload(device)
         self._results = PinnedRing(sampler.num_result_words, device)
 
-    @property
-    def num_graphs(self) -> int:
-        return sum(len(graphs.sizes) for graphs in self._all_graphs())
+    def num_graphs(self, *, decodes: bool) -> int:
+        """Say how many `capture_graphs` captures."""
+        return sum(len(graphs.shapes) for graphs in self._all_graphs(decodes))
 
-    def capture_graphs(self, on_captured: Callable[[], None] = lambda: None) -> None:
-        """Capture decode steps; from then on they are replayed. Called before the first step.
+    def capture_graphs(
+        self, on_captured: Callable[[], None] = lambda: None, *, decodes: bool = True
+    ) -> None:
+        """Capture steps with prompts, and decode steps; from then on they are replayed.
 
-        Raises what the device raises, its lack of memory for one.
+        Called before the first step. Raises what the device raises, its lack of memory for one.
         """
         with torch.inference_mode():
-            self._rows.clear()  # each is launched once before it is captured
-            self._layers.capture(self._layers_of, on_captured)
-            for kind, graphs in self._samplings.items():
-                graphs.capture(partial(self._sampling_of, kind), on_captured)
-        self._has_graphs = True
+            self._prompts.capture(self._prompts_of, on_captured)
+            if decodes:
+                self._layers.capture(self._layers_of, on_captured)
+                for kind, graphs in self._samplings.items():
+                    graphs.capture(partial(self._sampling_of, kind), on_captured)
 
-    def _all_graphs(self) -> Iterator[StepGraphs[Any]]:
-        yield self._layers
-        yield from self._samplings.values()
+    def launch_captured_shapes(self) -> None:
+        """Launch the layers of every shape that can be captured, of rows that do nothing."""
+        with torch.inference_mode():
+            for shape in self._prompts.shapes:
+                self._prompts_of(shape)()
+            for size in self._layers.shapes:
+                self._layers_of(size)()
+
+    def _all_graphs(self, decodes: bool) -> Iterator[StepGraphs[Any, Any]]:
+        yield self._prompts
+        if decodes:
+            yield self._layers
+            yield from self._samplings.values()
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """Begin a step. An error before it was begun is kept for `result`."""
@@ -145,9 +176,8 @@ class GpuModelRunner:
         """Let go of the pool and of the graphs that read it."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        for graphs in self._all_graphs():
+        for graphs in self._all_graphs(decodes=True):
             graphs.close()
-        self._has_graphs = False
         self._pool = self._resources = None
 
     def _launch(self, plan: StepPlan) -> LaunchedStep:
@@ -234,34 +264,81 @@ class GpuModelRunner:
 
     def _compute_decode(self, plan: StepPlan) -> Computed:
         """Compute a step of one sampled token a row, padded to a size that has a graph."""
-        size = self._layers.size_for(len(plan.slots))
+        size = size_for(self._layers.shapes, len(plan.slots))
         assert size is not None  # the largest is max_num_slots, which was checked
-        self._rows.pack(plan, size - len(plan.slots))
+        self._rows.pack(plan, len(plan.slots), shape=_decode_shape(size))
         kind = self._sampler.kind_of(plan.sample_slots)
-        if self._has_graphs:
+        if size in self._layers:
             computed = self._layers.replay(size)
             self._samplings[kind].replay(size)
         else:
-            computed = self._layers_of(size)()
+            computed = self._run_decode(size)
             self._sample(computed, kind)
         return computed
 
+    def _compute(self, plan: StepPlan) -> Computed:
+        """Compute a step with prompts, padded to a shape that has a graph if it fits into one."""
+        num_decode_rows = count_decode_rows(plan)
+        tiles = self._planner.choose(plan, num_decode_rows)
+        shape = shape_for(
+            self._prompts.shapes, plan.num_tokens, max(len(plan.slots), len(plan.sample_slots))
+        )
+        if tiles is None or tiles.specialized or shape is None or shape not in self._prompts:
+            computed = self._launch_prompts(plan, num_decode_rows, tiles)
+        else:
+            rows, tiles = self._padded(shape)
+            entries = self._planner.cut(plan, num_decode_rows, tiles)
+            self._rows.pack(plan, num_decode_rows, shape=rows, tiles=entries)
+            padded = self._prompts.replay(shape)
+            computed = Computed(*(tensor[: len(plan.sample_slots)] for tensor in padded))
+        self._sample(computed, self._sampler.kind_of(plan.sample_slots))
+        return computed
+
+    def _launch_prompts(
+        self, plan: StepPlan, num_decode_rows: int, tiles: PrefillTiles | None
+    ) -> Computed:
+        """Launch the layers of a step as it is."""
+        entries = NO_TILES if tiles is None else self._planner.cut(plan, num_decode_rows, tiles)
+        rows = self._rows.pack(plan, num_decode_rows, tiles=entries)
+        return self._run(
+            rows,
+            tiles,
+            num_decode_rows=num_decode_rows,
+            decode_size=size_for(self._layers.shapes, num_decode_rows) or num_decode_rows,
+            first_prompt=num_decode_rows,
+        )
+
     def _layers_of(self, size: int) -> Callable[[], Computed]:
         """Return the launch of a decode step's layers, from what is packed by then."""
-        shape = RowShape(size, size, size)
-        return lambda: self._run(shape, num_decode_rows=size, prefill=None, every_token=True)
+        self._rows.pad(_decode_shape(size))
+        return lambda: self._run_decode(size)
+
+    def _run_decode(self, size: int) -> Computed:
+        return self._run(_decode_shape(size), None, num_decode_rows=size, decode_size=size)
 
     def _sampling_of(self, kind: SamplingKind, size: int) -> Callable[[], None]:
         """Return the launch of the sampling behind the layers of that size."""
+        self._rows.pad(_decode_shape(size))
         return lambda: self._sample(self._layers.result(size), kind)
 
-    def _compute(self, plan: StepPlan) -> Computed:
-        num_decode_rows = count_decode_rows(plan)
-        prefill = self._planner.plan(plan, num_decode_rows)
-        shape = self._rows.pack(plan, tiles=None if prefill is None else prefill.entries)
-        computed = self._run(shape, num_decode_rows, prefill, every_token=False)
-        self._sample(computed, self._sampler.kind_of(plan.sample_slots))
-        return computed
+    def _prompts_of(self, shape: PromptShape) -> Callable[[], Computed]:
+        """Return the launch of the layers of a step with prompts, from what is packed by then."""
+        rows, tiles = self._padded(shape)
+        self._rows.pad(rows)
+        # Which rows decode is not known: each of them may.
+        return lambda: self._run(
+            rows,
+            tiles,
+            num_decode_rows=shape.num_rows,
+            decode_size=PROMPT_DECODE_SIZE,
+            first_prompt=0,
+        )
+
+    def _padded(self, shape: PromptShape) -> tuple[RowShape, PrefillTiles]:
+        num_tokens, num_rows = shape
+        tiles = self._planner.tiles_for(num_tokens)
+        num_tiles = most_tiles(num_tokens, num_rows, tiles)
+        return RowShape(num_rows, num_tokens, num_rows, num_tiles), tiles
 
     def _sample(self, computed: Computed, kind: SamplingKind) -> None:
         """Choose the tokens, and keep them for the steps to come."""
@@ -269,8 +346,18 @@ class GpuModelRunner:
         keep_samples_triton(self._last_samples, computed.sample_slots, samples.token_ids)
 
     def _run(
-        self, shape: RowShape, num_decode_rows: int, prefill: PrefillPlan | None, every_token: bool
+        self,
+        shape: RowShape,
+        tiles: PrefillTiles | None,
+        *,
+        num_decode_rows: int,
+        decode_size: int,
+        first_prompt: int | None = None,
     ) -> Computed:
+        """Launch the layers of what is packed in that shape; see `GpuBatch`.
+
+        first_prompt: None where no row has a prompt, and every token is sampled in order.
+        """
         arrays = self._rows.arrays(shape)
         row_tables = self._row_tables[: shape.num_rows]
         token_ids = self._token_ids[: shape.num_tokens]
@@ -288,20 +375,23 @@ class GpuModelRunner:
         batch = GpuBatch(
             token_ids=token_ids,
             positions=arrays.positions,
-            token_rows=arrays.token_rows,
+            prompt_rows=arrays.prompt_rows,
             row_tables=row_tables,
             lengths=arrays.lengths,
             offsets=arrays.offsets,
-            num_decode_rows=num_decode_rows,
-            decode_size=self._layers.size_for(num_decode_rows) or num_decode_rows,
-            prefill=None
-            if prefill is None
-            else TileTable(prefill.tiles, self._rows.tiles(shape, len(prefill.entries))),
-            sample_positions=None if every_token else arrays.sample_positions,
+            decode_lengths=arrays.decode_lengths[:num_decode_rows],
+            decode_size=decode_size,
+            first_prompt=first_prompt or 0,
+            prefill=None if tiles is None else TileTable(tiles, arrays.tiles.view(-1, 2)),
+            sample_positions=None if first_prompt is None else arrays.sample_positions,
         )
         assert self._resources is not None  # a closed runner launches nothing
         logits = self._model.forward(GpuStepKernels(self._resources, batch))
         return Computed(logits, arrays.sample_slots, arrays.sample_indices)
+
+
+def _decode_shape(size: int) -> RowShape:
+    return RowShape(size, size, size)
 
 
 def _only_decodes(plan: StepPlan) -> bool:

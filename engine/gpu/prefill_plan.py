@@ -1,6 +1,6 @@
 """Which rows of a step decode, and the tiles of the rest."""
 
-from typing import NamedTuple
+from bisect import bisect_left
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +20,8 @@ LONGEST_CHUNKS = (16, 64, 1024, 1 << 20)
 """Tiles are chosen for a step's longest chunk rounded up to one of these: each is a compilation."""
 
 
-class PrefillPlan(NamedTuple):
-    """How a step's rows that do not decode are cut."""
-
-    tiles: PrefillTiles
-    entries: npt.NDArray[np.int32]
-    """[N, 2]"""
-
-
 class PrefillPlanner:
-    """Cuts steps into tiles."""
+    """Cuts the rows of steps that do not decode into tiles."""
 
     def __init__(self, config: ModelConfig, num_heads: int, kv: torch.Tensor) -> None:
         model = (num_heads, kv.shape[2], config.head_dim, kv.dtype)
@@ -38,20 +30,29 @@ class PrefillPlanner:
         if kv.is_cuda and why_not_specialized(kv) is None:
             self._specialized = choose_tiles(*model, LONGEST_CHUNKS[-1], specialized=True)
 
-    def plan(self, plan: StepPlan, num_decode_rows: int) -> PrefillPlan | None:
-        """Cut the rows behind the first `num_decode_rows`; None if there are none."""
-        if num_decode_rows == len(plan.slots):
+    def tiles_for(self, longest: int) -> PrefillTiles:
+        """Return the tiles for chunks of up to so many tokens, whatever is ahead of them."""
+        return self._choices[bisect_left(LONGEST_CHUNKS, longest)]
+
+    def choose(self, plan: StepPlan, num_decode_rows: int) -> PrefillTiles | None:
+        """Return the tiles for the rows behind the first `num_decode_rows`; None without any."""
+        counts = plan.num_new_tokens[num_decode_rows:]
+        if not len(counts):
             return None
+        longest = int(counts.max())
+        most_keys = int((plan.starts[num_decode_rows:] + counts).max())
+        if self._specialized is not None and is_faster_specialized(longest, most_keys):
+            return self._specialized
+        return self.tiles_for(longest)
+
+    def cut(
+        self, plan: StepPlan, num_decode_rows: int, tiles: PrefillTiles
+    ) -> npt.NDArray[np.int32]:
+        """Cut these rows; return the table's entries, [N, 2]."""
         counts = plan.num_new_tokens.copy()
         counts[:num_decode_rows] = 0
-        longest = int(counts.max())
-        number = next(i for i, limit in enumerate(LONGEST_CHUNKS) if longest <= limit)
-        tiles = self._choices[number]
-        most_keys = int((plan.starts + counts)[num_decode_rows:].max())
-        if self._specialized is not None and is_faster_specialized(longest, most_keys):
-            tiles = self._specialized
-        table = make_tile_table(plan.starts, counts, tiles)
-        return PrefillPlan(tiles, table.entries.numpy())
+        entries: npt.NDArray[np.int32] = make_tile_table(plan.starts, counts, tiles).entries.numpy()
+        return entries
 
 
 def count_decode_rows(plan: StepPlan) -> int:

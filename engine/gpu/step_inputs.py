@@ -1,6 +1,7 @@
 """A step's plan as arrays on the device: one copy for its rows, one more only where slots change.
 
-    rows     row_slots[R] lengths[R] offsets[R+1] | token_rows[T] given[T] positions[T] |
+    rows     row_slots[R] lengths[R] decode_lengths[R] offsets[R+1] |
+             token_rows[T] prompt_rows[T] given[T] positions[T] |
              sample_positions[S] sample_slots[S] sample_indices[S] | tiles[N, 2]
     changes  arrays of any lengths
 
@@ -20,6 +21,7 @@ from paceline.engine.step_plan import Int32Array, StepPlan
 
 ALIGNMENT = 4
 """Words: arrays begin at multiples of 16 bytes."""
+NO_TILES = np.empty((0, 2), np.int32)
 FIRST_CHANGES = 1 << 16
 """Words that changes have room for at first; the block table of 20,000 tokens takes 4,000."""
 
@@ -32,6 +34,7 @@ class RowShape(NamedTuple):
     num_rows: int
     num_tokens: int
     num_samples: int
+    num_tiles: int = 0
 
 
 class RowArrays(NamedTuple, Generic[Words]):
@@ -41,10 +44,14 @@ class RowArrays(NamedTuple, Generic[Words]):
     """[R]; -1 pads"""
     lengths: Words
     """[R] tokens of the context, the new ones included; 0 pads"""
+    decode_lengths: Words
+    """[R] those of the rows that decode; 0: another row"""
     offsets: Words
     """[R + 1] first token of each row"""
     token_rows: Words
     """[T]; -1 pads"""
+    prompt_rows: Words
+    """[T] those of the rows that do not decode; -1: another row's token"""
     given: Words
     """[T]; -1 is the slot's last sample"""
     positions: Words
@@ -55,6 +62,8 @@ class RowArrays(NamedTuple, Generic[Words]):
     """[S]; -1 pads"""
     sample_indices: Words
     """[S]"""
+    tiles: Words
+    """[N, 2], flat: entries of the prefill's tile table; -1 pads"""
 
 
 class PinnedRing:
@@ -84,63 +93,52 @@ class RowUpload:
         self, max_rows: int, max_tokens: int, max_samples: int, device: torch.device
     ) -> None:
         # No more tiles are ever needed than tokens: each has a query.
-        num_words = _size(RowShape(max_rows, max_tokens, max_samples)) + 2 * max_tokens
+        num_words = _size(RowShape(max_rows, max_tokens, max_samples, max_tokens))
         self._ring = PinnedRing(num_words, device)
         self._device_words = torch.empty(num_words, dtype=torch.int32, device=device)
-
-    def clear(self) -> None:
-        """Make every row and token one that pads, whatever the shape."""
-        self._device_words.fill_(-1)
 
     def arrays(self, shape: RowShape) -> RowArrays[torch.Tensor]:
         """The arrays of a shape on the device, whether filled yet or not."""
         return RowArrays(*_cut(self._device_words, shape))
 
-    def tiles(self, shape: RowShape, num_tiles: int) -> torch.Tensor:
-        """The table of tiles behind the arrays, [N, 2]."""
-        start = _size(shape)
-        return self._device_words[start : start + 2 * num_tiles].view(-1, 2)
-
     def pack(
-        self, plan: StepPlan, num_padded: int = 0, tiles: npt.NDArray[np.int32] | None = None
+        self,
+        plan: StepPlan,
+        num_decode_rows: int,
+        *,
+        shape: RowShape | None = None,
+        tiles: npt.NDArray[np.int32] = NO_TILES,
     ) -> RowShape:
         """Copy a step's rows to the device; return their shape.
 
-        num_padded: rows added that do nothing, only for steps of one sampled token a row. tiles:
+        num_decode_rows: rows of one token that lead the step. shape: what to pad it to. tiles:
         entries of the prefill's tile table, [N, 2].
         """
-        num_rows, num_tokens = len(plan.slots), plan.num_tokens
-        num_samples = len(plan.sample_slots)
-        shape = RowShape(num_rows + num_padded, num_tokens + num_padded, num_samples + num_padded)
-        host: npt.NDArray[np.int32] = self._ring.next().numpy()
-        end = _size(shape)
-        arrays = RowArrays(*_cut(host[:end], shape))
-        if num_padded:
-            arrays.offsets[num_rows + 1 :] = num_tokens
-            for array, value in (
-                (arrays.row_slots[num_rows:], -1),
-                (arrays.lengths[num_rows:], 0),
-                (arrays.token_rows[num_tokens:], -1),
-                (arrays.given[num_tokens:], -1),
-                (arrays.positions[num_tokens:], 0),
-                (arrays.sample_positions[num_samples:], 0),
-                (arrays.sample_slots[num_samples:], -1),
-                (arrays.sample_indices[num_samples:], 0),
-            ):
-                array[:] = value
-        _fill(arrays, plan)
-        if tiles is not None:
-            host[end : end + tiles.size] = tiles.reshape(-1)
-            end += tiles.size
-        self._device_words[:end].copy_(torch.from_numpy(host[:end]), non_blocking=True)
+        if shape is None:
+            sizes = (len(plan.slots), plan.num_tokens, len(plan.sample_slots), len(tiles))
+            shape = RowShape(*sizes)
+        host: npt.NDArray[np.int32] = self._ring.next().numpy()[: _size(shape)]
+        arrays = RowArrays(*_cut(host, shape))
+        _fill(arrays, plan, num_decode_rows)
+        arrays.tiles[: tiles.size] = tiles.reshape(-1)
+        _pad(arrays, len(plan.slots), plan.num_tokens, len(plan.sample_slots), tiles.size)
+        self._device_words[: len(host)].copy_(torch.from_numpy(host), non_blocking=True)
         return shape
 
+    def pad(self, shape: RowShape) -> None:
+        """Make everything of a shape what pads. Waits for the device."""
+        host = np.zeros(_size(shape), np.int32)
+        _pad(RowArrays(*_cut(host, shape)), 0, 0, 0, 0)
+        self._device_words[: len(host)].copy_(torch.from_numpy(host))
 
-def _fill(arrays: RowArrays[npt.NDArray[np.int32]], plan: StepPlan) -> None:
+
+def _fill(arrays: RowArrays[npt.NDArray[np.int32]], plan: StepPlan, num_decode_rows: int) -> None:
     counts = plan.num_new_tokens
     num_rows, num_tokens, num_samples = len(counts), plan.num_tokens, len(plan.sample_slots)
     arrays.row_slots[:num_rows] = plan.slots
     np.add(plan.starts, counts, out=arrays.lengths[:num_rows])
+    arrays.decode_lengths[:num_decode_rows] = arrays.lengths[:num_decode_rows]
+    arrays.decode_lengths[num_decode_rows:num_rows] = 0
     arrays.offsets[0] = 0
     np.cumsum(counts, out=arrays.offsets[1 : num_rows + 1])
     rows = np.arange(num_rows, dtype=np.int32)
@@ -150,6 +148,8 @@ def _fill(arrays: RowArrays[npt.NDArray[np.int32]], plan: StepPlan) -> None:
         positions = (plan.starts - arrays.offsets[:num_rows])[rows]
         positions += np.arange(num_tokens, dtype=np.int32)
     arrays.token_rows[:num_tokens] = rows
+    arrays.prompt_rows[:num_decode_rows] = -1
+    arrays.prompt_rows[num_decode_rows:num_tokens] = rows[num_decode_rows:]
     arrays.positions[:num_tokens] = positions
     given = arrays.given[:num_tokens]
     given[:] = -1
@@ -158,6 +158,32 @@ def _fill(arrays: RowArrays[npt.NDArray[np.int32]], plan: StepPlan) -> None:
     arrays.sample_positions[:num_samples] = plan.sample_positions
     arrays.sample_slots[:num_samples] = plan.sample_slots
     arrays.sample_indices[:num_samples] = plan.sample_indices
+
+
+def _pad(
+    arrays: RowArrays[npt.NDArray[np.int32]],
+    num_rows: int,
+    num_tokens: int,
+    num_samples: int,
+    num_tile_words: int,
+) -> None:
+    """Fill what is behind the first ones by what does nothing."""
+    for array, first, value in (
+        (arrays.row_slots, num_rows, -1),
+        (arrays.lengths, num_rows, 0),
+        (arrays.decode_lengths, num_rows, 0),
+        (arrays.offsets, num_rows + 1 if num_rows else 0, num_tokens),
+        (arrays.token_rows, num_tokens, -1),
+        (arrays.prompt_rows, num_tokens, -1),
+        (arrays.given, num_tokens, -1),
+        (arrays.positions, num_tokens, 0),
+        (arrays.sample_positions, num_samples, 0),
+        (arrays.sample_slots, num_samples, -1),
+        (arrays.sample_indices, num_samples, 0),
+        (arrays.tiles, num_tile_words, -1),
+    ):
+        if first < len(array):
+            array[first:] = value
 
 
 class ChangeUpload:
@@ -191,8 +217,8 @@ def _aligned(num_words: int) -> int:
 
 
 def _sizes(shape: RowShape) -> tuple[int, ...]:
-    rows, tokens, samples = shape
-    return (rows, rows, rows + 1, tokens, tokens, tokens, samples, samples, samples)
+    rows, tokens, samples, tiles = shape
+    return (*[rows] * 3, rows + 1, *[tokens] * 4, *[samples] * 3, 2 * tiles)
 
 
 def _size(shape: RowShape) -> int:

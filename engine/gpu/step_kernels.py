@@ -48,17 +48,20 @@ class GpuBatch:
     """int32 [T]"""
     positions: torch.Tensor
     """int32 [T] within their sequences"""
-    token_rows: torch.Tensor
-    """int32 [T]; -1 pads"""
+    prompt_rows: torch.Tensor
+    """int32 [T] rows of the tokens that do not decode; -1: no such token"""
     row_tables: torch.Tensor
     """int32 [R, columns] block ids"""
     lengths: torch.Tensor
     """int32 [R] tokens of the context, the new ones included; 0 pads"""
     offsets: torch.Tensor
     """int32 [R + 1] first token of each row"""
-    num_decode_rows: int
+    decode_lengths: torch.Tensor
+    """int32 [D]: lengths of the rows that decode, all of which are among the first D; 0: others"""
     decode_size: int
-    """Rows that decode tiles are chosen for: a captured size, not less than num_decode_rows"""
+    """Rows that decode tiles are chosen for"""
+    first_prompt: int
+    """Tokens that lead the step and are of no prompt, at least"""
     prefill: TileTable | None
     """Tiles of the rows that do not decode"""
     sample_positions: torch.Tensor | None
@@ -75,11 +78,11 @@ class KernelResources:
         kv: torch.Tensor,
         *,
         max_model_len: int,
-        decode_sizes: Sequence[int],
+        decode_sizes: Sequence[tuple[int, int]],
     ) -> None:
         """Raise UnsupportedModelError for a model that the kernels cannot compute.
 
-        kv: the pool's view. decode_sizes: the batch sizes that decode tiles are chosen for.
+        kv: the pool's view. decode_sizes: pairs of D and decode_size that batches may have.
         """
         if config.head_dim % 8 or config.head_dim > MAX_HEAD_DIM:
             raise UnsupportedModelError(
@@ -125,7 +128,7 @@ class KernelResources:
             self._skinny_tiles[key] = tiles
         return tiles
 
-    def _allocate_decode_workspace(self, sizes: Sequence[int]) -> DecodeWorkspace:
+    def _allocate_decode_workspace(self, sizes: Sequence[tuple[int, int]]) -> DecodeWorkspace:
         num_kv_heads = self.kv.shape[2]
         needed = [
             decode_workspace_size(
@@ -133,9 +136,9 @@ class KernelResources:
                 num_kv_heads=num_kv_heads,
                 num_queries=self.num_heads // num_kv_heads,
                 head_dim=self.config.head_dim,
-                tiles=self.decode_tiles(num_rows, window),
+                tiles=self.decode_tiles(size, window),
             )
-            for num_rows in sizes
+            for num_rows, size in sizes
             for window in set(self.config.windows)
         ]
         return DecodeWorkspace.allocate(
@@ -232,7 +235,7 @@ class GpuStepKernels:
         q_norm: torch.Tensor | None,
         k_norm: torch.Tensor | None,
     ) -> torch.Tensor:
-        resources, num_decode = self._resources, self._batch.num_decode_rows
+        resources, num_decode = self._resources, len(self._batch.decode_lengths)
         shape = (qkv.shape[0], resources.num_heads, resources.config.head_dim)
         output = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
         if num_decode:
@@ -249,7 +252,7 @@ class GpuStepKernels:
         k_norm: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
-        """Attend the tokens of qkv, one of each of the rows that lead the step."""
+        """Attend those tokens of qkv, one of each of the rows that lead the step, that decode."""
         resources, batch = self._resources, self._batch
         window = resources.config.windows[layer]
         rope_decode_attention_triton(
@@ -257,8 +260,8 @@ class GpuStepKernels:
             resources.cos_sin,
             resources.kv,
             layer,
-            batch.row_tables[: batch.num_decode_rows],
-            batch.lengths[: batch.num_decode_rows],
+            batch.row_tables[: len(batch.decode_lengths)],
+            batch.decode_lengths,
             resources.scale,
             num_heads=resources.num_heads,
             q_norm=q_norm,
@@ -280,14 +283,14 @@ class GpuStepKernels:
         table: TileTable,
         output: torch.Tensor,
     ) -> None:
-        """Attend the tokens behind those that decode; of both, output and the tiles count all."""
+        """Attend the tokens that do not decode; of both, output and the tiles count all."""
         resources, batch = self._resources, self._batch
-        first = batch.num_decode_rows
+        first = batch.first_prompt
         rope_kv_write_triton(
             qkv[first:],
             resources.cos_sin,
             batch.positions[first:],
-            batch.token_rows[first:],
+            batch.prompt_rows[first:],
             batch.row_tables,
             resources.kv,
             layer,

@@ -50,12 +50,16 @@ def test_a_runner_is_built_in_the_steps_of_the_checklist(tmp_path: Path) -> None
 
     shares: list[float] = []
     runner, pool, plan = build_runner(
-        build, captures=True, timed=timed, on_progress=lambda name, share: shares.append(share)
+        build,
+        captures=True,
+        decodes=True,
+        timed=timed,
+        on_progress=lambda name, share: shares.append(share),
     )
     assert [step.split()[0] for step in steps] == ["compile", "measure", "allocate", "capture"]
     assert "9 blocks" in steps[2]
-    assert "8 CUDA graphs" in steps[3]
-    assert shares == [number / 8 for number in range(1, 9)]
+    assert "9 CUDA graphs" in steps[3]
+    assert shares == [number / 9 for number in range(1, 10)]
     assert pool.num_blocks == 9
     assert plan.graphs > 0
     warm_up(runner, 16)

@@ -77,6 +77,8 @@ def serve():
 
 
 compile_ahead(serve)
+runner.capture_graphs()
+compile_ahead(serve)
 assert not late, late
 assert threads and "MainThread" not in threads, threads
 """

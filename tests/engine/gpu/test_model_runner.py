@@ -4,6 +4,7 @@ of the reference, whatever is padded, mixed, forked, logged or started anew.
 tests/engine/test_model_runner.py compares much more of it, on a GPU alone.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from runner_driver import Row, RunnerDriver
 from triton_device import device
 
 from paceline.engine.gpu import step_kernels
-from paceline.engine.gpu.model_runner import GpuModelRunner
+from paceline.engine.gpu.graphs import PromptShape
+from paceline.engine.gpu.model_runner import Computed, GpuModelRunner
 from paceline.engine.step_plan import StepPlan
 from paceline.kernels.rope_kv_write_triton import rope_kv_write_triton
 
@@ -75,6 +77,51 @@ def test_captured_steps_give_the_tokens_of_launched_ones(tmp_path: Path) -> None
         got += [driver.step(Row(0, None), Row(1, None))[0].token_ids.tolist() for _ in range(3)]
         outputs.append(got)
     assert outputs[0] == outputs[1]
+
+
+def recorded(
+    replay: Callable[[PromptShape], Computed], shapes: list[PromptShape]
+) -> Callable[[PromptShape], Computed]:
+    def replay_recorded(shape: PromptShape) -> Computed:
+        shapes.append(shape)
+        return replay(shape)
+
+    return replay_recorded
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_padded_steps_with_prompts_give_the_tokens_of_launched_ones(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks and decode rows in any mixture; with and without one kernel a row for all of them."""
+    changes = {"sliding_window": 9} if seed == 1 else {}
+    write_model(tmp_path, "MistralForCausalLM", **SMALL, **changes)
+    outputs = []
+    shapes: list[PromptShape] = []
+    for captured in (False, True):
+        draw = np.random.default_rng(seed)
+        driver = RunnerDriver(tmp_path, kind="gpu", num_slots=6)
+        runner = driver.runner
+        assert isinstance(runner, GpuModelRunner)
+        if captured:
+            runner.capture_graphs()
+            monkeypatch.setattr(runner._prompts, "replay", recorded(runner._prompts.replay, shapes))
+        got: list[list[int]] = []
+        decoding: list[int] = []
+        for _ in range(5):
+            rows = [Row(slot, None) for slot in decoding if draw.random() < 0.7]
+            for slot in draw.permutation(6)[:3].tolist():
+                if slot not in decoding:
+                    if slot not in driver.lengths:
+                        driver.start(slot)
+                    is_last = draw.random() < 0.6
+                    tokens = draw.integers(0, VOCAB_SIZE, int(draw.integers(1, 9 * (seed + 1)))).tolist()
+                    rows.append(Row(slot, tokens, sample="last" if is_last else "none"))
+                    decoding += [slot] if is_last else []
+            got.append(driver.step(*rows)[0].token_ids.tolist() if rows else [])
+        outputs.append(got)
+    assert outputs[0] == outputs[1]
+    assert len(shapes) >= 3
 
 
 def test_a_row_between_decode_rows_and_a_fork_attend_to_their_own_blocks(tmp_path: Path) -> None:

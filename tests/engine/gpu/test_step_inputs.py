@@ -5,8 +5,14 @@ import pytest
 import torch
 from triton_device import device
 
-from paceline.engine.gpu.graphs import StepGraphs, graph_sizes
-from paceline.engine.gpu.step_inputs import ChangeUpload, RowUpload
+from paceline.engine.gpu.graphs import (
+    PromptShape,
+    graph_sizes,
+    prompt_shapes,
+    shape_for,
+    size_for,
+)
+from paceline.engine.gpu.step_inputs import ChangeUpload, RowShape, RowUpload
 from paceline.engine.step_plan import StepPlan
 
 DEVICE = torch.device(device())
@@ -47,9 +53,13 @@ def test_rows_tokens_and_samples_arrive(
     upload = RowUpload(16, 64, 16, DEVICE)
     plan = make_plan(counts, sampled)
     # What is there from before must not shine through.
-    upload.pack(make_plan([9, 9, 9, 9, 9], [False] * 5, seed=1))
+    upload.pack(make_plan([9, 9, 9, 9, 9], [False] * 5, seed=1), 0)
     entries = np.arange(6, dtype=np.int32).reshape(3, 2)
-    shape = upload.pack(plan, num_padded, entries)
+    sizes = (len(counts), sum(counts), len(counts), 3)
+    wanted = RowShape(*(size + num_padded for size in sizes)) if num_padded else None
+    num_decode = next((n for n, count in enumerate(counts) if count > 1), len(counts))
+    shape = upload.pack(plan, num_decode, shape=wanted, tiles=entries)
+    assert shape == (wanted or sizes)
     arrays = upload.arrays(shape)
     pad = [0] * num_padded
     none = [-1] * num_padded
@@ -60,16 +70,20 @@ def test_rows_tokens_and_samples_arrive(
         left = left if is_sampled else left[count:]
     assert arrays.row_slots.tolist() == plan.slots.tolist() + none
     assert arrays.lengths.tolist() == [s + n for s, n in zip(starts, counts, strict=True)] + pad
+    lengths = arrays.lengths.tolist()
+    others = len(counts) - num_decode + num_padded
+    assert arrays.decode_lengths.tolist() == lengths[:num_decode] + [0] * others
     assert arrays.offsets.tolist() == [0, *np.cumsum(counts).tolist(), *[sum(counts)] * num_padded]
     rows = [row for row, count in enumerate(counts) for _ in range(count)]
     assert arrays.token_rows.tolist() == rows + none
+    assert arrays.prompt_rows.tolist() == [-1] * num_decode + rows[num_decode:] + none
     assert arrays.given.tolist() == expected_given + none
     positions = [s + i for s, n in zip(starts, counts, strict=True) for i in range(n)]
     assert arrays.positions.tolist() == positions + pad
     assert arrays.sample_positions.tolist() == plan.sample_positions.tolist() + pad
     assert arrays.sample_slots.tolist() == plan.sample_slots.tolist() + none
     assert arrays.sample_indices.tolist() == plan.sample_indices.tolist() + pad
-    assert upload.tiles(shape, 3).tolist() == entries.tolist()
+    assert arrays.tiles.view(-1, 2).tolist() == entries.tolist() + [[-1, -1]] * num_padded
     assert all(array.data_ptr() % 16 == 0 for array in arrays)
 
 
@@ -92,5 +106,31 @@ def test_sizes_are_close_where_padding_costs_most_and_end_with_the_limit() -> No
     assert graph_sizes(1) == (1,)
     assert graph_sizes(20) == (1, 2, 4, 8, 16, 20)
     assert graph_sizes(256)[-3:] == (128, 192, 256)
-    graphs: StepGraphs[int] = StepGraphs(graph_sizes(20), torch.device("cpu"))
-    assert [graphs.size_for(n) for n in (1, 3, 9, 17, 20, 21)] == [1, 4, 16, 20, 20, None]
+    sizes = graph_sizes(20)
+    assert [size_for(sizes, n) for n in (1, 3, 9, 17, 20, 21)] == [1, 4, 16, 20, 20, None]
+
+
+def test_steps_with_prompts_have_shapes_for_few_rows_and_some_for_all() -> None:
+    assert prompt_shapes(4, 8) == ()
+    assert prompt_shapes(4, 40) == ((16, 4), (32, 4))
+    shapes = prompt_shapes(256, 8192)
+    assert shapes[:5] == ((16, 16), (32, 32), (64, 64), (128, 64), (128, 128))
+    assert shapes[-3:] == ((448, 64), (512, 64), (512, 256))
+    assert shape_for(shapes, 65, 1) == PromptShape(128, 64)
+    assert shape_for(shapes, 65, 65) == PromptShape(128, 128)
+    assert shape_for(shapes, 129, 200) == PromptShape(256, 256)
+    assert shape_for(shapes, 513, 1) is None
+    assert shape_for(shapes, 300, 257) is None
+
+
+def test_an_upload_that_pads_alone_has_no_row_and_no_token() -> None:
+    upload = RowUpload(4, 32, 4, DEVICE)
+    upload.pack(make_plan([9, 9], [False] * 2), 0)
+    shape = RowShape(3, 5, 2, 4)
+    upload.pad(shape)
+    arrays = upload.arrays(shape)
+    for none in (arrays.row_slots, arrays.token_rows, arrays.prompt_rows, arrays.sample_slots):
+        assert set(none.tolist()) == {-1}
+    assert set(arrays.tiles.tolist()) == set(arrays.given.tolist()) == {-1}
+    for zeros in (arrays.lengths, arrays.decode_lengths, arrays.offsets, arrays.sample_positions):
+        assert set(zeros.tolist()) == {0}
