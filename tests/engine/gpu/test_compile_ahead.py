@@ -31,13 +31,32 @@ class Driver:
     def get_current_stream(self, device):
         return 0
 
+    def launcher_cls(self, src, metadata):
+        threads.add(threading.current_thread().name)
+
+    @property
+    def utils(self):
+        return Utilities
+
+
+class Utilities:
+    def get_device_properties(device):
+        return {"max_shared_mem": 232448}
+
+    def load_binary(name, kernel, shared, device):
+        loaded.append(name)
+        return 1, 1, 0, 0, 1024
+
+    def unload_module(module):
+        pass
+
 
 def compile(*args, **kwargs):
     threads.add(threading.current_thread().name)
     return compile_one(*args, **kwargs)
 
 
-threads = set()
+threads, loaded = set(), []
 compile_one, triton.compiler.compile = triton.compiler.compile, compile
 triton.runtime.driver.set_active(Driver())
 
@@ -64,6 +83,7 @@ built = build.GpuBuild(config, LlamaModel(config, weights), 4, layout, settings,
 sampler = built.make_sampler()
 runner, pool = built.make_runner(sampler, 2)
 compile_ahead(lambda: build._run_every_kernel(runner, sampler, built))
+assert len(loaded) > 20, loaded
 late = []
 knobs.runtime.jit_cache_hook = lambda **compiled: late.append(compiled["repr"]) or True
 

@@ -115,7 +115,9 @@ def test_padded_steps_with_prompts_give_the_tokens_of_launched_ones(
                     if slot not in driver.lengths:
                         driver.start(slot)
                     is_last = draw.random() < 0.6
-                    tokens = draw.integers(0, VOCAB_SIZE, int(draw.integers(1, 9 * (seed + 1)))).tolist()
+                    tokens = draw.integers(
+                        0, VOCAB_SIZE, int(draw.integers(1, 9 * (seed + 1)))
+                    ).tolist()
                     rows.append(Row(slot, tokens, sample="last" if is_last else "none"))
                     decoding += [slot] if is_last else []
             got.append(driver.step(*rows)[0].token_ids.tolist() if rows else [])

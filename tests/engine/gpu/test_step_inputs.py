@@ -115,11 +115,12 @@ def test_steps_with_prompts_have_shapes_for_few_rows_and_some_for_all() -> None:
     assert prompt_shapes(4, 40) == ((16, 4), (32, 4))
     shapes = prompt_shapes(256, 8192)
     assert shapes[:5] == ((16, 16), (32, 32), (64, 64), (128, 64), (128, 128))
-    assert shapes[-3:] == ((448, 64), (512, 64), (512, 256))
+    assert shapes[-3:] == ((768, 64), (1024, 64), (1024, 256))
     assert shape_for(shapes, 65, 1) == PromptShape(128, 64)
     assert shape_for(shapes, 65, 65) == PromptShape(128, 128)
     assert shape_for(shapes, 129, 200) == PromptShape(256, 256)
-    assert shape_for(shapes, 513, 1) is None
+    assert shape_for(shapes, 300, 65) == PromptShape(512, 256)
+    assert shape_for(shapes, 1025, 1) is None
     assert shape_for(shapes, 300, 257) is None
 
 
