@@ -2,6 +2,12 @@
 
 With `overlap`, step n + 1 is planned and launched while step n runs, and its results are applied
 one round later; without, each step is applied before the next is planned. Output is the same.
+
+    step n       planned launched    |----------------- runs ----------------| result
+    step n + 1                               calls are taken   planned launched |---- runs
+
+It is planned as late as can be without keeping the device waiting: what arrives while a long step
+runs is in the next one.
 """
 
 import gc
@@ -9,12 +15,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from paceline.engine.step_plan import ModelRunner, StepHandle
 from paceline.worker.core import Core
 from paceline.worker.mailbox import Mailbox
+from paceline.worker.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
+
+
+class _Launched(NamedTuple):
+    handle: StepHandle
+    num_tokens: int
+    time_s: float
 
 
 class StepLoop:
@@ -41,6 +55,9 @@ class StepLoop:
         self._heartbeat_s = heartbeat_s
         self._overlap = overlap
         self._stopping = False
+        self._times = StepTimes()
+        self._free_s = 0.0
+        """When the device last ended a step."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.last_progress_s = time.monotonic()
         """When the last step ended, or the loop last found nothing to do."""
@@ -68,20 +85,41 @@ class StepLoop:
             self._on_failure(error)
 
     def _loop(self) -> None:
-        in_flight: StepHandle | None = None
+        running: _Launched | None = None
         while not self._stopping:
+            if running is not None:
+                self._take_late_calls(running)
             now = time.monotonic()
             self._mailbox.run_calls(now)
             self._core.tick(now)
             plan = self._core.plan(now)
-            launched = self._runner.launch(plan) if plan is not None else None
-            ready, in_flight = (in_flight, launched) if self._overlap else (launched, None)
+            launched = None
+            if plan is not None:
+                handle = self._runner.launch(plan)
+                launched = _Launched(handle, plan.num_tokens, time.monotonic())
+            ready, running = (running, launched) if self._overlap else (launched, None)
             if ready is not None:
-                self._core.apply(ready.result(), time.monotonic())
-                self.num_steps += 1
+                self._apply(ready)
             self._after_round()
             if launched is None and ready is None:
                 self.last_progress_s = time.monotonic()
                 self._mailbox.wait(self._heartbeat_s)
             elif ready is not None:
                 self.last_progress_s = time.monotonic()
+
+    def _take_late_calls(self, running: _Launched) -> None:
+        """Run calls until the step behind `running` has to be planned."""
+        started_s = max(self._free_s, running.time_s)
+        until_s = started_s + self._times.time_to_spare(running.num_tokens)
+        while not self._stopping and (left_s := until_s - time.monotonic()) > 0:
+            self._mailbox.wait(left_s)
+            self._mailbox.run_calls(time.monotonic())
+
+    def _apply(self, step: _Launched) -> None:
+        was_over = step.handle.done()
+        result = step.handle.result()
+        now = time.monotonic()
+        started_s, self._free_s = max(self._free_s, step.time_s), now
+        self._times.note(step.num_tokens, now - started_s, was_over=was_over)
+        self._core.apply(result, now)
+        self.num_steps += 1

@@ -64,10 +64,11 @@ def start_loop(
     *,
     overlap: bool = False,
     on_failure: Callable[[BaseException], None] = lambda error: None,
+    runner: Any = None,
 ) -> StepLoop:
     loop = StepLoop(
         core,
-        InstantRunner(),
+        runner or InstantRunner(),
         mailbox,
         after_round=lambda: None,
         on_failure=on_failure,
@@ -139,3 +140,51 @@ def test_an_idle_loop_counts_as_making_progress() -> None:
         time.sleep(0.005)
     loop.stop(TIMEOUT_S)
     assert loop.last_progress_s > before
+
+
+class TimedRunner:
+    """Steps of 0.1 s each, one after the other."""
+
+    max_num_slots = 1
+
+    def __init__(self) -> None:
+        self._free_s = 0.0
+
+    def launch(self, plan: StepPlan) -> "TimedStep":
+        self._free_s = max(self._free_s, time.monotonic()) + 0.1
+        return TimedStep(plan.step_id, self._free_s)
+
+    def close(self) -> None: ...
+
+
+class TimedStep(Finished):
+    def __init__(self, step_id: int, end_s: float) -> None:
+        super().__init__(step_id)
+        self._end_s = end_s
+
+    def done(self) -> bool:
+        return time.monotonic() >= self._end_s
+
+    def result(self) -> StepResult:
+        time.sleep(max(0.0, self._end_s - time.monotonic()))
+        return super().result()
+
+
+def test_what_arrives_while_a_step_runs_is_there_when_the_next_is_planned() -> None:
+    mailbox = Mailbox()
+
+    class Core(CountingCore):
+        def apply(self, result: StepResult, now: float) -> None:
+            super().apply(result, now)
+            if result.step_id == 3:  # step 4 begins
+                call = lambda now: self.calls.append("arrived")  # noqa: E731
+                threading.Timer(0.03, mailbox.post, [call]).start()
+
+    core = Core(8)
+    loop = start_loop(core, mailbox, overlap=True, runner=TimedRunner())
+    for _ in range(8):
+        assert core.applied.acquire(timeout=TIMEOUT_S)
+    loop.stop(TIMEOUT_S)
+    calls = core.calls
+    assert calls.index("apply 3") < calls.index("arrived") < calls.index("plan 5")
+    assert [call for call in calls if call.startswith("apply")] == [f"apply {n}" for n in range(8)]
