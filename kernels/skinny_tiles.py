@@ -57,12 +57,13 @@ def choose_tiles(
         if inner < 4 * block_k * num_splits:  # each split keeps at least 2 steps along K
             break
         num_splits *= 2
+    steps = _cdiv(_cdiv(inner, block_k), num_splits)
     return SkinnyTiles(
         block_m,
         block_n,
         block_k,
         num_splits,
-        num_stages=num_stages,
+        num_stages=max(3, min(num_stages, steps)),  # stages that are never filled take time, too
         weight_first=dtype != torch.float32,
     )
 

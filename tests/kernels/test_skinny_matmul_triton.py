@@ -161,6 +161,13 @@ def test_chosen_tiles_fit_into_shared_memory(
         assert tiles.num_splits == 1 or inner >= 4 * tiles.block_k * tiles.num_splits
 
 
+def test_few_steps_have_few_stages() -> None:
+    large = choose_tiles(1, 6144, 4096, torch.bfloat16)
+    small = choose_tiles(1, 960, 576, torch.bfloat16)
+    assert large.num_stages == 6
+    assert small.num_stages == 3  # five steps in two splits
+
+
 def test_a_weight_one_row_off_is_noticed() -> None:
     x, weight, bias = make_operands(3, 40, 64, torch.bfloat16)
     wrong = skinny_matmul_triton(x, weight.roll(1, 0), bias)
