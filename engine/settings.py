@@ -84,8 +84,8 @@ class EngineSettings(BaseModel):
     )
     enforce_eager: bool = Field(
         default=False,
-        description="Launch the decode steps of GPUs kernel by kernel instead of replaying CUDA "
-        "graphs: slower, the same tokens; for finding faults.",
+        description="Launch all steps of GPUs kernel by kernel instead of replaying CUDA graphs: "
+        "slower, the same tokens; for finding faults.",
     )
     async_scheduling: bool = Field(
         default=True,

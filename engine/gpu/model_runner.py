@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from paceline.engine.gpu.graphs import (
+    PROMPT_TOKENS,
     PromptShape,
     StepGraphs,
     graph_sizes,
@@ -91,8 +92,12 @@ class GpuModelRunner:
         max_num_slots: int,
         max_num_tokens: int,
         max_model_len: int,
+        max_padded_tokens: int = PROMPT_TOKENS[-1],
     ) -> None:
-        """num_heads: of this rank. max_num_tokens: new tokens of a step at most."""
+        """num_heads: of this rank. max_num_tokens: new tokens of a step at most.
+
+        max_padded_tokens: a step with prompts of more tokens is launched as it is.
+        """
         device = pool.blocks.device
         self.max_num_slots = max_num_slots
         self._config = config
@@ -113,7 +118,7 @@ class GpuModelRunner:
         self._row_tables = empty(max_num_slots, num_columns)
         self._token_ids = empty(self._max_num_tokens)
         sizes = graph_sizes(max_num_slots)
-        shapes = prompt_shapes(max_num_slots, self._max_num_tokens)
+        shapes = prompt_shapes(max_num_slots, min(self._max_num_tokens, max_padded_tokens))
         self._layers: StepGraphs[int, Computed] = StepGraphs(sizes, device)
         self._samplings: dict[SamplingKind, StepGraphs[int, None]] = {
             kind: StepGraphs(sizes, device) for kind in SAMPLING_KINDS
@@ -277,19 +282,25 @@ class GpuModelRunner:
         return computed
 
     def _compute(self, plan: StepPlan) -> Computed:
-        """Compute a step with prompts, padded to a shape that has a graph if it fits into one."""
+        """Compute a step with prompts, padded to a shape that has a graph if it fits into one.
+
+        Padded without graphs too, so that both give the same bits.
+        """
         num_decode_rows = count_decode_rows(plan)
         tiles = self._planner.choose(plan, num_decode_rows)
         shape = shape_for(
             self._prompts.shapes, plan.num_tokens, max(len(plan.slots), len(plan.sample_slots))
         )
-        if tiles is None or tiles.specialized or shape is None or shape not in self._prompts:
+        if tiles is None or tiles.specialized or shape is None:
             computed = self._launch_prompts(plan, num_decode_rows, tiles)
         else:
             rows, tiles = self._padded(shape)
             entries = self._planner.cut(plan, num_decode_rows, tiles)
             self._rows.pack(plan, num_decode_rows, shape=rows, tiles=entries)
-            padded = self._prompts.replay(shape)
+            if shape in self._prompts:
+                padded = self._prompts.replay(shape)
+            else:
+                padded = self._run_prompts(shape)
             computed = Computed(*(tensor[: len(plan.sample_slots)] for tensor in padded))
         self._sample(computed, self._sampler.kind_of(plan.sample_slots))
         return computed
@@ -323,10 +334,13 @@ class GpuModelRunner:
 
     def _prompts_of(self, shape: PromptShape) -> Callable[[], Computed]:
         """Return the launch of the layers of a step with prompts, from what is packed by then."""
+        self._rows.pad(self._padded(shape)[0])
+        return lambda: self._run_prompts(shape)
+
+    def _run_prompts(self, shape: PromptShape) -> Computed:
         rows, tiles = self._padded(shape)
-        self._rows.pad(rows)
         # Which rows decode is not known: each of them may.
-        return lambda: self._run(
+        return self._run(
             rows,
             tiles,
             num_decode_rows=shape.num_rows,

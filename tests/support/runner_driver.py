@@ -64,6 +64,7 @@ class RunnerDriver:
         dtype: str = "float32",
         seed: int = 0,
         kind: str = "cpu",
+        pads_prompts: bool = True,
     ) -> None:
         """kind: cpu, or gpu, which is Triton's interpreter where there is no GPU."""
         self.config: ModelConfig = read_model_config(folder)
@@ -89,7 +90,9 @@ class RunnerDriver:
         self.block_tokens = block_tokens
         self.model = RecordingModel(LlamaModel(self.config, weights))
         self.num_slots = num_slots
-        self.runner = self._make_gpu_runner() if kind == "gpu" else self._make_cpu_runner()
+        self.runner = (
+            self._make_gpu_runner(pads_prompts) if kind == "gpu" else self._make_cpu_runner()
+        )
         self.free = list(np.random.default_rng(seed).permutation(num_blocks))
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
@@ -108,7 +111,7 @@ class RunnerDriver:
             max_model_len=self.config.max_position_embeddings,
         )
 
-    def _make_gpu_runner(self) -> ModelRunner:
+    def _make_gpu_runner(self, pads_prompts: bool) -> ModelRunner:
         from paceline.engine.gpu.model_runner import GpuModelRunner
         from paceline.engine.gpu.sampler import GpuSampler
 
@@ -129,6 +132,7 @@ class RunnerDriver:
             max_num_slots=self.num_slots,
             max_num_tokens=512,
             max_model_len=self.config.max_position_embeddings,
+            max_padded_tokens=512 if pads_prompts else 0,
         )
 
     def start(self, slot: int, *, blocks: list[int] | None = None, num_tokens: int = 0) -> None:

@@ -36,11 +36,12 @@ def random_tokens(count: int, seed: int = 0) -> list[int]:
         ("MistralForCausalLM", {"sliding_window": 7}),
     ],
 )
+@pytest.mark.parametrize("pads_prompts", [False, True])
 def test_chunks_and_decode_steps_give_the_reference_s_logits(
-    architecture: str, changes: dict[str, object], tmp_path: Path
+    architecture: str, changes: dict[str, object], pads_prompts: bool, tmp_path: Path
 ) -> None:
     model = write_model(tmp_path, architecture, **SMALL, **changes)
-    driver = RunnerDriver(tmp_path, kind="gpu", num_slots=3)
+    driver = RunnerDriver(tmp_path, kind="gpu", num_slots=3, pads_prompts=pads_prompts)
     tokens, other = random_tokens(11), random_tokens(5, seed=1)
     driver.start(0)
     driver.start(2)
@@ -100,7 +101,7 @@ def test_padded_steps_with_prompts_give_the_tokens_of_launched_ones(
     shapes: list[PromptShape] = []
     for captured in (False, True):
         draw = np.random.default_rng(seed)
-        driver = RunnerDriver(tmp_path, kind="gpu", num_slots=6)
+        driver = RunnerDriver(tmp_path, kind="gpu", num_slots=6, pads_prompts=captured)
         runner = driver.runner
         assert isinstance(runner, GpuModelRunner)
         if captured:
@@ -126,9 +127,12 @@ def test_padded_steps_with_prompts_give_the_tokens_of_launched_ones(
     assert len(shapes) >= 3
 
 
-def test_a_row_between_decode_rows_and_a_fork_attend_to_their_own_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pads_prompts", [False, True])
+def test_a_row_between_decode_rows_and_a_fork_attend_to_their_own_blocks(
+    pads_prompts: bool, tmp_path: Path
+) -> None:
     model = write_model(tmp_path, "LlamaForCausalLM", **SMALL)
-    driver = RunnerDriver(tmp_path, kind="gpu", num_slots=4)
+    driver = RunnerDriver(tmp_path, kind="gpu", num_slots=4, pads_prompts=pads_prompts)
     prompt, chunk = random_tokens(5), random_tokens(4, seed=3)
     for slot in range(3):
         driver.start(slot)
@@ -146,7 +150,7 @@ def test_decode_rows_need_no_kernel_to_rotate_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_model(tmp_path, "Qwen3ForCausalLM", **SMALL)
-    driver = RunnerDriver(tmp_path, kind="gpu", num_slots=3)
+    driver = RunnerDriver(tmp_path, kind="gpu", num_slots=3, pads_prompts=False)
     prompts = [random_tokens(5), random_tokens(9, seed=1), random_tokens(4, seed=2)]
     for slot in range(3):
         driver.start(slot)
