@@ -24,11 +24,15 @@ from paceline.worker.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
+POLL_S = 0.002
+"""How long the device may wait for a step when the one before it ended early."""
+
 
 class _Launched(NamedTuple):
     handle: StepHandle
     num_tokens: int
     time_s: float
+    """When its launch began."""
 
 
 class StepLoop:
@@ -56,8 +60,8 @@ class StepLoop:
         self._overlap = overlap
         self._stopping = False
         self._times = StepTimes()
-        self._free_s = 0.0
-        """When the device last ended a step."""
+        self._free_s: float | None = 0.0
+        """When the device ended the last step; None: some time before its result was taken."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.last_progress_s = time.monotonic()
         """When the last step ended, or the loop last found nothing to do."""
@@ -95,8 +99,8 @@ class StepLoop:
             plan = self._core.plan(now)
             launched = None
             if plan is not None:
-                handle = self._runner.launch(plan)
-                launched = _Launched(handle, plan.num_tokens, time.monotonic())
+                begun_s = time.monotonic()
+                launched = _Launched(self._runner.launch(plan), plan.num_tokens, begun_s)
             ready, running = (running, launched) if self._overlap else (launched, None)
             if ready is not None:
                 self._apply(ready)
@@ -109,17 +113,24 @@ class StepLoop:
 
     def _take_late_calls(self, running: _Launched) -> None:
         """Run calls until the step behind `running` has to be planned."""
+        if self._free_s is None:
+            return  # perhaps it is over soon
         started_s = max(self._free_s, running.time_s)
         until_s = started_s + self._times.time_to_spare(running.num_tokens)
         while not self._stopping and (left_s := until_s - time.monotonic()) > 0:
-            self._mailbox.wait(left_s)
+            if running.handle.done():
+                return
+            self._mailbox.wait(min(left_s, POLL_S))
             self._mailbox.run_calls(time.monotonic())
 
     def _apply(self, step: _Launched) -> None:
         was_over = step.handle.done()
         result = step.handle.result()
         now = time.monotonic()
-        started_s, self._free_s = max(self._free_s, step.time_s), now
-        self._times.note(step.num_tokens, now - started_s, was_over=was_over)
+        if self._free_s is not None:
+            seconds = now - max(self._free_s, step.time_s)
+            self._times.note(step.num_tokens, seconds, was_over=was_over)
+        # A launch may block, for example when it loads a kernel: then the next step runs already.
+        self._free_s = None if was_over else now
         self._core.apply(result, now)
         self.num_steps += 1

@@ -143,16 +143,25 @@ def test_an_idle_loop_counts_as_making_progress() -> None:
 
 
 class TimedRunner:
-    """Steps of 0.1 s each, one after the other."""
+    """Steps of 0.2 s each, one after the other."""
 
     max_num_slots = 1
 
-    def __init__(self) -> None:
+    def __init__(self, *, blocking: int = -1) -> None:
+        """blocking: the step whose launch returns when it has ended."""
+        self._blocking = blocking
         self._free_s = 0.0
+        self.idle_s: list[float] = []
+        """Ahead of each step."""
 
     def launch(self, plan: StepPlan) -> "TimedStep":
-        self._free_s = max(self._free_s, time.monotonic()) + 0.1
-        return TimedStep(plan.step_id, self._free_s)
+        start_s = max(self._free_s, time.monotonic())
+        self.idle_s.append(start_s - self._free_s)
+        self._free_s = start_s + 0.2
+        step = TimedStep(plan.step_id, self._free_s)
+        if plan.step_id == self._blocking:
+            step.result()
+        return step
 
     def close(self) -> None: ...
 
@@ -170,6 +179,14 @@ class TimedStep(Finished):
         return super().result()
 
 
+def run_steps(core: CountingCore, mailbox: Mailbox, runner: TimedRunner) -> None:
+    num_steps = core.num_left
+    loop = start_loop(core, mailbox, overlap=True, runner=runner)
+    for _ in range(num_steps):
+        assert core.applied.acquire(timeout=TIMEOUT_S)
+    loop.stop(TIMEOUT_S)
+
+
 def test_what_arrives_while_a_step_runs_is_there_when_the_next_is_planned() -> None:
     mailbox = Mailbox()
 
@@ -178,13 +195,18 @@ def test_what_arrives_while_a_step_runs_is_there_when_the_next_is_planned() -> N
             super().apply(result, now)
             if result.step_id == 3:  # step 4 begins
                 call = lambda now: self.calls.append("arrived")  # noqa: E731
-                threading.Timer(0.03, mailbox.post, [call]).start()
+                threading.Timer(0.05, mailbox.post, [call]).start()
 
-    core = Core(8)
-    loop = start_loop(core, mailbox, overlap=True, runner=TimedRunner())
-    for _ in range(8):
-        assert core.applied.acquire(timeout=TIMEOUT_S)
-    loop.stop(TIMEOUT_S)
+    core, runner = Core(8), TimedRunner()
+    run_steps(core, mailbox, runner)
     calls = core.calls
     assert calls.index("apply 3") < calls.index("arrived") < calls.index("plan 5")
     assert [call for call in calls if call.startswith("apply")] == [f"apply {n}" for n in range(8)]
+    assert max(runner.idle_s[1:]) < 0.1
+
+
+def test_a_device_that_is_ahead_is_not_kept_waiting() -> None:
+    """The results are taken late then, and nobody knows when the running step began."""
+    core, runner = CountingCore(10), TimedRunner(blocking=5)
+    run_steps(core, Mailbox(), runner)
+    assert max(runner.idle_s[1:]) < 0.1
