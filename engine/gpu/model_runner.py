@@ -271,7 +271,7 @@ class GpuModelRunner:
         """Compute a step of one sampled token a row, padded to a size that has a graph."""
         size = size_for(self._layers.shapes, len(plan.slots))
         assert size is not None  # the largest is max_num_slots, which was checked
-        self._rows.pack(plan, len(plan.slots), shape=_decode_shape(size))
+        self._rows.pack(plan, len(plan.slots), _decode_shape(size))
         kind = self._sampler.kind_of(plan.sample_slots)
         if size in self._layers:
             computed = self._layers.replay(size)
@@ -296,28 +296,36 @@ class GpuModelRunner:
         else:
             rows, tiles = self._padded(shape)
             entries = self._planner.cut(plan, num_decode_rows, tiles)
-            self._rows.pack(plan, num_decode_rows, shape=rows, tiles=entries)
+            self._rows.pack(plan, num_decode_rows, rows, entries)
             if shape in self._prompts:
-                padded = self._prompts.replay(shape)
+                computed = self._prompts.replay(shape)
             else:
-                padded = self._run_prompts(shape)
-            computed = Computed(*(tensor[: len(plan.sample_slots)] for tensor in padded))
+                computed = self._run_prompts(shape)
+            computed = Computed(*(tensor[: len(plan.sample_slots)] for tensor in computed))
         self._sample(computed, self._sampler.kind_of(plan.sample_slots))
         return computed
 
     def _launch_prompts(
         self, plan: StepPlan, num_decode_rows: int, tiles: PrefillTiles | None
     ) -> Computed:
-        """Launch the layers of a step as it is."""
+        """Launch the layers of a step as it is, but for samples.
+
+        These are padded to sizes that the head's product has had before: cuBLAS loads a kernel when
+        it first takes it, and the launch would wait for the device.
+        """
+        sizes, num_samples = self._layers.shapes, len(plan.sample_slots)
         entries = NO_TILES if tiles is None else self._planner.cut(plan, num_decode_rows, tiles)
-        rows = self._rows.pack(plan, num_decode_rows, tiles=entries)
-        return self._run(
+        padded = size_for(sizes, num_samples) if num_samples else None
+        rows = RowShape(len(plan.slots), plan.num_tokens, padded or num_samples, len(entries))
+        self._rows.pack(plan, num_decode_rows, rows, entries)
+        computed = self._run(
             rows,
             tiles,
             num_decode_rows=num_decode_rows,
-            decode_size=size_for(self._layers.shapes, num_decode_rows) or num_decode_rows,
+            decode_size=size_for(sizes, num_decode_rows) or num_decode_rows,
             first_prompt=num_decode_rows,
         )
+        return Computed(*(tensor[:num_samples] for tensor in computed))
 
     def _layers_of(self, size: int) -> Callable[[], Computed]:
         """Return the launch of a decode step's layers, from what is packed by then."""

@@ -105,25 +105,20 @@ class RowUpload:
         self,
         plan: StepPlan,
         num_decode_rows: int,
-        *,
-        shape: RowShape | None = None,
+        shape: RowShape,
         tiles: npt.NDArray[np.int32] = NO_TILES,
-    ) -> RowShape:
-        """Copy a step's rows to the device; return their shape.
+    ) -> None:
+        """Copy a step's rows to the device, padded to a shape.
 
-        num_decode_rows: rows of one token that lead the step. shape: what to pad it to. tiles:
-        entries of the prefill's tile table, [N, 2].
+        num_decode_rows: rows of one token that lead the step. tiles: entries of the prefill's tile
+        table, [N, 2].
         """
-        if shape is None:
-            sizes = (len(plan.slots), plan.num_tokens, len(plan.sample_slots), len(tiles))
-            shape = RowShape(*sizes)
         host: npt.NDArray[np.int32] = self._ring.next().numpy()[: _size(shape)]
         arrays = RowArrays(*_cut(host, shape))
         _fill(arrays, plan, num_decode_rows)
         arrays.tiles[: tiles.size] = tiles.reshape(-1)
         _pad(arrays, len(plan.slots), plan.num_tokens, len(plan.sample_slots), tiles.size)
         self._device_words[: len(host)].copy_(torch.from_numpy(host), non_blocking=True)
-        return shape
 
     def pad(self, shape: RowShape) -> None:
         """Make everything of a shape what pads. Waits for the device."""

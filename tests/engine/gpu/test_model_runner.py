@@ -179,6 +179,20 @@ def test_decode_rows_need_no_kernel_to_rotate_them(
     torch.testing.assert_close(logits, torch.stack(expected), **CLOSE)
 
 
+def test_the_head_s_product_has_few_sizes_in_steps_that_are_launched_as_they_are(
+    tmp_path: Path,
+) -> None:
+    write_model(tmp_path, "LlamaForCausalLM", **SMALL)
+    driver = RunnerDriver(tmp_path, kind="gpu", num_slots=6, pads_prompts=False)
+    for slot in range(3):
+        driver.start(slot)
+    result, _ = driver.step(*(Row(slot, random_tokens(2 + slot)) for slot in range(3)))
+    assert len(result.token_ids) == 3
+    assert len(driver.model.logits[-1]) == 4
+    driver.step(Row(0, [1, 2], sample="none"))
+    assert len(driver.model.logits[-1]) == 0
+
+
 def test_what_no_kernel_may_see_is_refused_and_the_runner_goes_on(tmp_path: Path) -> None:
     write_model(tmp_path, "LlamaForCausalLM", **SMALL)
     driver = RunnerDriver(tmp_path, kind="gpu", num_slots=2)

@@ -53,13 +53,12 @@ def test_rows_tokens_and_samples_arrive(
     upload = RowUpload(16, 64, 16, DEVICE)
     plan = make_plan(counts, sampled)
     # What is there from before must not shine through.
-    upload.pack(make_plan([9, 9, 9, 9, 9], [False] * 5, seed=1), 0)
+    upload.pack(make_plan([9, 9, 9, 9, 9], [False] * 5, seed=1), 0, RowShape(5, 45, 5))
     entries = np.arange(6, dtype=np.int32).reshape(3, 2)
     sizes = (len(counts), sum(counts), len(counts), 3)
-    wanted = RowShape(*(size + num_padded for size in sizes)) if num_padded else None
+    shape = RowShape(*(size + num_padded for size in sizes))
     num_decode = next((n for n, count in enumerate(counts) if count > 1), len(counts))
-    shape = upload.pack(plan, num_decode, shape=wanted, tiles=entries)
-    assert shape == (wanted or sizes)
+    upload.pack(plan, num_decode, shape, entries)
     arrays = upload.arrays(shape)
     pad = [0] * num_padded
     none = [-1] * num_padded
@@ -126,7 +125,7 @@ def test_steps_with_prompts_have_shapes_for_few_rows_and_some_for_all() -> None:
 
 def test_an_upload_that_pads_alone_has_no_row_and_no_token() -> None:
     upload = RowUpload(4, 32, 4, DEVICE)
-    upload.pack(make_plan([9, 9], [False] * 2), 0)
+    upload.pack(make_plan([9, 9], [False] * 2), 0, RowShape(2, 18, 2))
     shape = RowShape(3, 5, 2, 4)
     upload.pad(shape)
     arrays = upload.arrays(shape)

@@ -36,10 +36,10 @@ class StrictRunner:
         self._runner.close()
 
 
-@pytest.fixture
-def driver(tmp_path: Path) -> Iterator[RunnerDriver]:
+@pytest.fixture(params=[False, True])
+def driver(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[RunnerDriver]:
     write_model(tmp_path, "LlamaForCausalLM", num_hidden_layers=2)
-    driver = RunnerDriver(tmp_path, kind="gpu", num_slots=6)
+    driver = RunnerDriver(tmp_path, kind="gpu", num_slots=6, pads_prompts=request.param)
     assert isinstance(driver.runner, GpuModelRunner)
     driver.model.forward = driver.model.model.forward  # type: ignore[method-assign]
     driver.model.logits = [torch.empty(6, 0)]  # nobody copies them to the CPU here
