@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 import triton
 
 _compiled: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
@@ -36,13 +37,21 @@ def compile_ahead(run: Callable[[], None]) -> None:
     def only_compile() -> None:
         compiled: list[Any] = []
         _compiled.set(compiled)
-        with ThreadPoolExecutor() as threads:
+        with _threads() as threads:
             with triton.AsyncCompileMode(threads):
                 run()
             list(threads.map(_load, {id(kernel): kernel for kernel in compiled}.values()))
 
     # In a context of its own, so that no error leaves this one compiling only.
     contextvars.copy_context().run(only_compile)
+
+
+def _threads() -> ThreadPoolExecutor:
+    """Start threads that have this one's GPU."""
+    if not torch.cuda.is_available():
+        return ThreadPoolExecutor()
+    device = torch.cuda.current_device()
+    return ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,))
 
 
 def _load(kernel: Any) -> None:

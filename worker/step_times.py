@@ -2,8 +2,8 @@
 
 MARGIN_S = 0.002
 """From when a step is planned to when the device has it; more takes the device's time."""
-MARGIN_SHARE = 0.1
-"""Of a step's time, more: steps of one size differ by how long their sequences are."""
+MARGIN_SHARE = 0.25
+"""Of a step's time, more: steps of one size differ, and so does what a CPU takes to launch."""
 
 
 class StepTimes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from paceline.engine.gpu.graphs import graph_sizes, prompt_shapes
+from paceline.engine.gpu.graphs import PROMPT_TOKENS, graph_sizes
 from paceline.engine.gpu.memory import MemoryPlan
 from paceline.engine.gpu.model_runner import GpuModelRunner
 from paceline.engine.gpu.prefill_plan import LONGEST_CHUNKS
@@ -98,10 +98,10 @@ def build_runner(
         needed = sizes[-1:] if captures else sizes
         activations = _peak(build.device, lambda: _run_prefills(runner, build))
         decode = _peak(build.device, lambda: _run_decodes(runner, needed))
+        graphs = _graph_bytes(runner, build, decode, decodes=decodes) if captures else 0
         runner.close()
         del runner, pool
         activations = max(activations, decode)
-        graphs = _graph_bytes(build, decode, decodes=decodes) if captures else 0
         # The runner is made anew, so that what it freed just now is not free.
         again = state - sampler.num_bytes
         plan = _plan(build.device, weights, state, activations, graphs, again)
@@ -125,21 +125,15 @@ def build_runner(
     return runner, pool, plan
 
 
-def _graph_bytes(build: GpuBuild, decode: int, *, decodes: bool) -> int:
+def _graph_bytes(runner: GpuModelRunner, build: GpuBuild, decode: int, *, decodes: bool) -> int:
     """Estimate what captured steps keep; `decode`: what the largest decode step takes at most."""
-    settings = build.settings
-    # Steps with prompts take what a decode step of as many rows does, or little more.
-    rows = [
-        shape.num_rows
-        for shape in prompt_shapes(settings.max_num_seqs, settings.max_num_batched_tokens)
-    ]
-    num_pools = 1
-    if decodes:
-        rows += graph_sizes(settings.max_num_seqs)
-        num_pools = 2
+    longest = min(PROMPT_TOKENS[-1], build.settings.max_num_batched_tokens, build.max_model_len)
+    prompts = _peak(build.device, lambda: _run(runner, [longest]))
+    rows = runner.logits_rows(decodes=decodes)
     dtype_bytes = TORCH_DTYPES[build.layout.groups[0].planes[0].dtype].itemsize
     logits = sum(rows) * build.config.vocab_size * dtype_bytes  # each graph keeps its own
-    return num_pools * decode + logits + len(rows) * GRAPH_BYTES
+    activations = prompts + decode if decodes else prompts
+    return activations + logits + len(rows) * GRAPH_BYTES
 
 
 def _plan(

@@ -141,6 +141,11 @@ class GpuModelRunner:
         """Say how many `capture_graphs` captures."""
         return sum(len(graphs.shapes) for graphs in self._all_graphs(decodes))
 
+    def logits_rows(self, *, decodes: bool) -> list[int]:
+        """Return the rows of logits that each graph of layers keeps."""
+        rows = [shape.num_rows for shape in self._prompts.shapes]
+        return rows + list(self._layers.shapes) if decodes else rows
+
     def capture_graphs(
         self, on_captured: Callable[[], None] = lambda: None, *, decodes: bool = True
     ) -> None:

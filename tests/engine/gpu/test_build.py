@@ -12,7 +12,7 @@ from model_references import write_model
 from runner_driver import RunnerDriver
 from triton_device import device
 
-from paceline.engine.gpu.build import OTHER_CHUNKS, GpuBuild, build_runner
+from paceline.engine.gpu.build import GRAPH_BYTES, OTHER_CHUNKS, GpuBuild, build_runner
 from paceline.engine.gpu.prefill_plan import LONGEST_CHUNKS
 from paceline.engine.gpu.step_kernels import MAX_SKINNY_ROWS
 from paceline.engine.model_config import read_model_config
@@ -63,6 +63,34 @@ def test_a_runner_is_built_in_the_steps_of_the_checklist(tmp_path: Path) -> None
     assert pool.num_blocks == 9
     assert plan.graphs > 0
     warm_up(runner, 16)
+    runner.close()
+
+
+def test_memory_is_kept_for_every_graph_though_a_step_has_fewer_tokens_than_sequences(
+    tmp_path: Path,
+) -> None:
+    write_model(tmp_path, "LlamaForCausalLM", num_hidden_layers=1, intermediate_size=32)
+    config = read_model_config(tmp_path)
+    weights = load_weights(
+        tmp_path, config, torch.float32, ParallelContext(), lambda done, total: None
+    )
+    on_device = {name: tensor.to(device()) for name, tensor in weights.items()}
+    layout = attention_layout(
+        num_layers=1, num_kv_heads=2, head_dim=16, block_tokens=16, dtype="float32"
+    )
+    settings = EngineSettings(num_kv_blocks=9, max_num_seqs=32, max_num_batched_tokens=16)
+    build = GpuBuild(
+        config, LlamaModel(config, on_device), 4, layout, settings, 32, torch.device(device())
+    )
+    runner, _, plan = build_runner(
+        build,
+        captures=True,
+        decodes=False,
+        timed=lambda name: nullcontext(),
+        on_progress=lambda name, share: None,
+    )
+    assert runner.num_graphs(decodes=False) == 2  # of 16 and of 32 tokens
+    assert plan.graphs >= runner.num_graphs(decodes=False) * GRAPH_BYTES
     runner.close()
 
 
