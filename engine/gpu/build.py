@@ -129,7 +129,7 @@ def _graph_bytes(runner: GpuModelRunner, build: GpuBuild, decode: int, *, decode
     """Estimate what captured steps keep; `decode`: what the largest decode step takes at most."""
     longest = min(PROMPT_TOKENS[-1], build.settings.max_num_batched_tokens, build.max_model_len)
     prompts = _peak(build.device, lambda: _run(runner, [longest]))
-    rows = runner.logits_rows(decodes=decodes)
+    rows = runner.graph_rows(decodes=decodes)
     dtype_bytes = TORCH_DTYPES[build.layout.groups[0].planes[0].dtype].itemsize
     logits = sum(rows) * build.config.vocab_size * dtype_bytes  # each graph keeps its own
     activations = prompts + decode if decodes else prompts
@@ -148,7 +148,7 @@ def _plan(
 
 def _run_every_kernel(runner: GpuModelRunner, sampler: GpuSampler, build: GpuBuild) -> None:
     sampler.compile_kernels()
-    runner.launch_captured_shapes()
+    runner.launch_padded()
     _run_prefills(runner, build)
 
 

@@ -4,63 +4,27 @@
                     GPU  ...step n............|prepare|layers|sample|copy to pinned|event
 
 What sequences keep from step to step lives on the device by slot: block tables, the last sampled
-token, sampling parameters. Steps in which every row decodes are padded to one of a few sizes and
-replay two CUDA graphs: of the layers, and of the kind of sampling that they need. Steps with few
-tokens of prompts are padded, too, and replay a graph of the layers. The others are launched kernel
-by kernel.
+token, sampling parameters. Sampling behind a decode step replays a CUDA graph of the kind that its
+slots need, as the layers do; behind the others it is launched kernel by kernel.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from paceline.engine.gpu.graphs import (
-    PROMPT_TOKENS,
-    PromptShape,
-    StepGraphs,
-    graph_sizes,
-    prompt_shapes,
-    shape_for,
-    size_for,
-)
-from paceline.engine.gpu.prefill_plan import PrefillPlanner, count_decode_rows
+from paceline.engine.gpu.graphs import PROMPT_TOKENS, StepGraphs
 from paceline.engine.gpu.sampler import SAMPLING_KINDS, GpuSampler, SamplingKind
-from paceline.engine.gpu.step_inputs import (
-    NO_TILES,
-    ChangeUpload,
-    PinnedRing,
-    RowShape,
-    RowUpload,
-)
-from paceline.engine.gpu.step_kernels import GpuBatch, GpuStepKernels, KernelResources
+from paceline.engine.gpu.step_inputs import ChangeUpload, PinnedRing
+from paceline.engine.gpu.step_layers import Computed, SlotState, StepLayers
 from paceline.engine.kv_pool import KvPool
 from paceline.engine.model_config import ModelConfig
 from paceline.engine.step_kernels import StepModel
 from paceline.engine.step_plan import FinishedStep, StepHandle, StepPlan, StepResult
 from paceline.kernels.block_copy_triton import block_copy_triton
-from paceline.kernels.prefill_tiles import PrefillTiles, TileTable, most_tiles
-from paceline.kernels.step_inputs_triton import (
-    keep_samples_triton,
-    resolve_rows_triton,
-    set_table_entries_triton,
-)
-
-PROMPT_DECODE_SIZE = 4
-"""Decode rows that a captured step with prompts has tiles for: more only split less."""
-
-
-class Computed(NamedTuple):
-    """What a step's layers wrote, and for whom it is sampled; on the device."""
-
-    logits: torch.Tensor
-    """[S, vocab_size]"""
-    sample_slots: torch.Tensor
-    """int32 [S]"""
-    sample_indices: torch.Tensor
-    """int32 [S] in the sequences' outputs"""
+from paceline.kernels.step_inputs_triton import keep_samples_triton, set_table_entries_triton
 
 
 class LaunchedStep(NamedTuple):
@@ -105,46 +69,38 @@ class GpuModelRunner:
         self._sampler = sampler
         self._pool: KvPool | None = pool
         self._device = device
-        self._block_tokens = pool.layout.block_tokens
         self._max_num_tokens = max(max_num_tokens, max_num_slots)
         self._max_model_len = max_model_len
-        num_columns = -(-max_model_len // self._block_tokens)
-
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
-
-        self._tables = empty(max_num_slots, num_columns)
-        self._last_samples = empty(max_num_slots)
-        self._row_tables = empty(max_num_slots, num_columns)
-        self._token_ids = empty(self._max_num_tokens)
-        sizes = graph_sizes(max_num_slots)
-        shapes = prompt_shapes(max_num_slots, min(self._max_num_tokens, max_padded_tokens))
-        self._layers: StepGraphs[int, Computed] = StepGraphs(sizes, device)
-        self._samplings: dict[SamplingKind, StepGraphs[int, None]] = {
-            kind: StepGraphs(sizes, device) for kind in SAMPLING_KINDS
-        }
-        self._prompts: StepGraphs[PromptShape, Computed] = StepGraphs(shapes, device)
-        self._resources: KernelResources | None = KernelResources(
-            config,
-            num_heads,
-            pool.kv,
-            max_model_len=max_model_len,
-            decode_sizes=[(size, size) for size in sizes]
-            + [(shape.num_rows, PROMPT_DECODE_SIZE) for shape in shapes],
+        num_columns = -(-max_model_len // pool.layout.block_tokens)
+        self._slots = SlotState(
+            torch.zeros((max_num_slots, num_columns), dtype=torch.int32, device=device),
+            torch.zeros(max_num_slots, dtype=torch.int32, device=device),
         )
-        self._planner = PrefillPlanner(config, num_heads, pool.kv)
-        self._rows = RowUpload(max_num_slots, self._max_num_tokens, sampler.max_num_samples, device)
+        self._layers = StepLayers(
+            config,
+            model,
+            self._slots,
+            pool,
+            num_heads=num_heads,
+            max_num_tokens=self._max_num_tokens,
+            max_num_samples=sampler.max_num_samples,
+            max_model_len=max_model_len,
+            max_padded_tokens=max_padded_tokens,
+        )
+        self._samplings: dict[SamplingKind, StepGraphs[int, None]] = {
+            kind: StepGraphs(self._layers.decode_sizes, device) for kind in SAMPLING_KINDS
+        }
         self._changes = ChangeUpload(device)
         self._results = PinnedRing(sampler.num_result_words, device)
 
+    def graph_rows(self, *, decodes: bool) -> list[int]:
+        """Return the rows of logits that each captured graph of layers keeps."""
+        return self._layers.graph_rows(decodes=decodes)
+
     def num_graphs(self, *, decodes: bool) -> int:
         """Say how many `capture_graphs` captures."""
-        return sum(len(graphs.shapes) for graphs in self._all_graphs(decodes))
-
-    def logits_rows(self, *, decodes: bool) -> list[int]:
-        """Return the rows of logits that each graph of layers keeps."""
-        rows = [shape.num_rows for shape in self._prompts.shapes]
-        return rows + list(self._layers.shapes) if decodes else rows
+        num_samplings = len(self._samplings) * len(self._layers.decode_sizes) if decodes else 0
+        return len(self.graph_rows(decodes=decodes)) + num_samplings
 
     def capture_graphs(
         self, on_captured: Callable[[], None] = lambda: None, *, decodes: bool = True
@@ -154,25 +110,15 @@ class GpuModelRunner:
         Called before the first step. Raises what the device raises, its lack of memory for one.
         """
         with torch.inference_mode():
-            self._prompts.capture(self._prompts_of, on_captured)
+            self._layers.capture(on_captured, decodes=decodes)
             if decodes:
-                self._layers.capture(self._layers_of, on_captured)
                 for kind, graphs in self._samplings.items():
                     graphs.capture(partial(self._sampling_of, kind), on_captured)
 
-    def launch_captured_shapes(self) -> None:
+    def launch_padded(self) -> None:
         """Launch the layers of every shape that can be captured, of rows that do nothing."""
         with torch.inference_mode():
-            for shape in self._prompts.shapes:
-                self._prompts_of(shape)()
-            for size in self._layers.shapes:
-                self._layers_of(size)()
-
-    def _all_graphs(self, decodes: bool) -> Iterator[StepGraphs[Any, Any]]:
-        yield self._prompts
-        if decodes:
-            yield self._layers
-            yield from self._samplings.values()
+            self._layers.launch_padded()
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """Begin a step. An error before it was begun is kept for `result`."""
@@ -186,9 +132,10 @@ class GpuModelRunner:
         """Let go of the pool and of the graphs that read it."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        for graphs in self._all_graphs(decodes=True):
+        for graphs in self._samplings.values():
             graphs.close()
-        self._pool = self._resources = None
+        self._layers.close()
+        self._pool = None
 
     def _launch(self, plan: StepPlan) -> LaunchedStep:
         pool = self._pool
@@ -198,8 +145,7 @@ class GpuModelRunner:
         self._apply_changes(plan, pool)
         if not len(plan.slots):
             return self._launched(lambda: StepResult(plan.step_id, np.empty(0, np.int32)))
-        computed = self._compute_decode(plan) if _only_decodes(plan) else self._compute(plan)
-        return self._read_back(plan, computed)
+        return self._read_back(plan, self._compute(plan))
 
     def _read_back(self, plan: StepPlan, computed: Computed) -> LaunchedStep:
         """Copy what the step sampled to pinned memory, behind it."""
@@ -240,7 +186,9 @@ class GpuModelRunner:
                 f"step {plan.step_id} has token ids {plan.tokens.min()} to {plan.tokens.max()}; "
                 f"the vocabulary has {self._config.vocab_size}"
             )
-        places = plan.table_slots.astype(np.int64) * self._tables.shape[1] + plan.table_columns
+        places = (
+            plan.table_slots.astype(np.int64) * self._slots.tables.shape[1] + plan.table_columns
+        )
         if len(np.unique(places)) < len(places):
             raise ValueError(
                 f"step {plan.step_id} sets an entry of a block table twice, and which of the two "
@@ -268,157 +216,31 @@ class GpuModelRunner:
         )
         if plan.slot_starts:
             self._sampler.start(starts, len(plan.slot_starts))
-        set_table_entries_triton(self._tables, *tables)
+        set_table_entries_triton(self._slots.tables, *tables)
         if len(plan.copy_sources):
             block_copy_triton(pool.blocks, sources, targets)
 
-    def _compute_decode(self, plan: StepPlan) -> Computed:
-        """Compute a step of one sampled token a row, padded to a size that has a graph."""
-        size = size_for(self._layers.shapes, len(plan.slots))
-        assert size is not None  # the largest is max_num_slots, which was checked
-        self._rows.pack(plan, len(plan.slots), _decode_shape(size))
-        kind = self._sampler.kind_of(plan.sample_slots)
-        if size in self._layers:
-            computed = self._layers.replay(size)
-            self._samplings[kind].replay(size)
-        else:
-            computed = self._run_decode(size)
-            self._sample(computed, kind)
-        return computed
-
     def _compute(self, plan: StepPlan) -> Computed:
-        """Compute a step with prompts, padded to a shape that has a graph if it fits into one.
-
-        Padded without graphs too, so that both give the same bits.
-        """
-        num_decode_rows = count_decode_rows(plan)
-        tiles = self._planner.choose(plan, num_decode_rows)
-        shape = shape_for(
-            self._prompts.shapes, plan.num_tokens, max(len(plan.slots), len(plan.sample_slots))
-        )
-        if tiles is None or tiles.specialized or shape is None:
-            computed = self._launch_prompts(plan, num_decode_rows, tiles)
+        kind = self._sampler.kind_of(plan.sample_slots)
+        if _only_decodes(plan):
+            computed, graph = self._layers.compute_decodes(plan)
+            if graph is not None:
+                self._samplings[kind].replay(graph)
+                return computed
         else:
-            rows, tiles = self._padded(shape)
-            entries = self._planner.cut(plan, num_decode_rows, tiles)
-            self._rows.pack(plan, num_decode_rows, rows, entries)
-            if shape in self._prompts:
-                computed = self._prompts.replay(shape)
-            else:
-                computed = self._run_prompts(shape)
-            computed = Computed(*(tensor[: len(plan.sample_slots)] for tensor in computed))
-        self._sample(computed, self._sampler.kind_of(plan.sample_slots))
+            computed = self._layers.compute(plan)
+        self._sample(computed, kind)
         return computed
-
-    def _launch_prompts(
-        self, plan: StepPlan, num_decode_rows: int, tiles: PrefillTiles | None
-    ) -> Computed:
-        """Launch the layers of a step as it is, but for samples.
-
-        These are padded to sizes that the head's product has had before: cuBLAS loads a kernel when
-        it first takes it, and the launch would wait for the device.
-        """
-        sizes, num_samples = self._layers.shapes, len(plan.sample_slots)
-        entries = NO_TILES if tiles is None else self._planner.cut(plan, num_decode_rows, tiles)
-        padded = size_for(sizes, num_samples) if num_samples else None
-        rows = RowShape(len(plan.slots), plan.num_tokens, padded or num_samples, len(entries))
-        self._rows.pack(plan, num_decode_rows, rows, entries)
-        computed = self._run(
-            rows,
-            tiles,
-            num_decode_rows=num_decode_rows,
-            decode_size=size_for(sizes, num_decode_rows) or num_decode_rows,
-            first_prompt=num_decode_rows,
-        )
-        return Computed(*(tensor[:num_samples] for tensor in computed))
-
-    def _layers_of(self, size: int) -> Callable[[], Computed]:
-        """Return the launch of a decode step's layers, from what is packed by then."""
-        self._rows.pad(_decode_shape(size))
-        return lambda: self._run_decode(size)
-
-    def _run_decode(self, size: int) -> Computed:
-        return self._run(_decode_shape(size), None, num_decode_rows=size, decode_size=size)
 
     def _sampling_of(self, kind: SamplingKind, size: int) -> Callable[[], None]:
         """Return the launch of the sampling behind the layers of that size."""
-        self._rows.pad(_decode_shape(size))
-        return lambda: self._sample(self._layers.result(size), kind)
-
-    def _prompts_of(self, shape: PromptShape) -> Callable[[], Computed]:
-        """Return the launch of the layers of a step with prompts, from what is packed by then."""
-        self._rows.pad(self._padded(shape)[0])
-        return lambda: self._run_prompts(shape)
-
-    def _run_prompts(self, shape: PromptShape) -> Computed:
-        rows, tiles = self._padded(shape)
-        # Which rows decode is not known: each of them may.
-        return self._run(
-            rows,
-            tiles,
-            num_decode_rows=shape.num_rows,
-            decode_size=PROMPT_DECODE_SIZE,
-            first_prompt=0,
-        )
-
-    def _padded(self, shape: PromptShape) -> tuple[RowShape, PrefillTiles]:
-        num_tokens, num_rows = shape
-        tiles = self._planner.tiles_for(num_tokens)
-        num_tiles = most_tiles(num_tokens, num_rows, tiles)
-        return RowShape(num_rows, num_tokens, num_rows, num_tiles), tiles
+        self._layers.pad_decodes(size)
+        return lambda: self._sample(self._layers.captured_decodes(size), kind)
 
     def _sample(self, computed: Computed, kind: SamplingKind) -> None:
         """Choose the tokens, and keep them for the steps to come."""
         samples = self._sampler.sample(*computed, kind)
-        keep_samples_triton(self._last_samples, computed.sample_slots, samples.token_ids)
-
-    def _run(
-        self,
-        shape: RowShape,
-        tiles: PrefillTiles | None,
-        *,
-        num_decode_rows: int,
-        decode_size: int,
-        first_prompt: int | None = None,
-    ) -> Computed:
-        """Launch the layers of what is packed in that shape; see `GpuBatch`.
-
-        first_prompt: None where no row has a prompt, and every token is sampled in order.
-        """
-        arrays = self._rows.arrays(shape)
-        row_tables = self._row_tables[: shape.num_rows]
-        token_ids = self._token_ids[: shape.num_tokens]
-        resolve_rows_triton(
-            self._tables,
-            self._last_samples,
-            arrays.row_slots,
-            arrays.lengths,
-            arrays.token_rows,
-            arrays.given,
-            self._block_tokens,
-            row_tables,
-            token_ids,
-        )
-        batch = GpuBatch(
-            token_ids=token_ids,
-            positions=arrays.positions,
-            prompt_rows=arrays.prompt_rows,
-            row_tables=row_tables,
-            lengths=arrays.lengths,
-            offsets=arrays.offsets,
-            decode_lengths=arrays.decode_lengths[:num_decode_rows],
-            decode_size=decode_size,
-            first_prompt=first_prompt or 0,
-            prefill=None if tiles is None else TileTable(tiles, arrays.tiles.view(-1, 2)),
-            sample_positions=None if first_prompt is None else arrays.sample_positions,
-        )
-        assert self._resources is not None  # a closed runner launches nothing
-        logits = self._model.forward(GpuStepKernels(self._resources, batch))
-        return Computed(logits, arrays.sample_slots, arrays.sample_indices)
-
-
-def _decode_shape(size: int) -> RowShape:
-    return RowShape(size, size, size)
+        keep_samples_triton(self._slots.last_samples, computed.sample_slots, samples.token_ids)
 
 
 def _only_decodes(plan: StepPlan) -> bool:

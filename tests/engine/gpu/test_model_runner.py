@@ -16,7 +16,8 @@ from triton_device import device
 
 from paceline.engine.gpu import step_kernels
 from paceline.engine.gpu.graphs import PromptShape
-from paceline.engine.gpu.model_runner import Computed, GpuModelRunner
+from paceline.engine.gpu.model_runner import GpuModelRunner
+from paceline.engine.gpu.step_layers import Computed
 from paceline.engine.step_plan import StepPlan
 from paceline.kernels.rope_kv_write_triton import rope_kv_write_triton
 
@@ -106,7 +107,8 @@ def test_padded_steps_with_prompts_give_the_tokens_of_launched_ones(
         assert isinstance(runner, GpuModelRunner)
         if captured:
             runner.capture_graphs()
-            monkeypatch.setattr(runner._prompts, "replay", recorded(runner._prompts.replay, shapes))
+            prompts = runner._layers._prompts
+            monkeypatch.setattr(prompts, "replay", recorded(prompts.replay, shapes))
         got: list[list[int]] = []
         decoding: list[int] = []
         for _ in range(5):
@@ -229,8 +231,8 @@ def test_tokens_never_written_are_never_read(tmp_path: Path) -> None:
     driver = RunnerDriver(tmp_path, kind="gpu", num_slots=2)
     driver.pool.kv.fill_(float("nan"))
     assert isinstance(driver.runner, GpuModelRunner)
-    driver.runner._tables.fill_(10**6)
-    driver.runner._row_tables.fill_(10**6)
+    driver.runner._slots.tables.fill_(10**6)
+    driver.runner._layers._row_tables.fill_(10**6)
     driver.start(1)
     _, logits = driver.step(Row(1, [5, 6, 7]))
     torch.testing.assert_close(logits[0], logits_of(model, [5, 6, 7])[-1], **CLOSE)
