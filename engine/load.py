@@ -121,7 +121,9 @@ def load_engine(
 
     num_heads = parallel.share(config.num_heads, "attention heads")
     runner, pool, memory = build_runner(
-        GpuBuild(config, llama, num_heads, layout, settings, max_model_len, device),
+        GpuBuild(
+            config, llama, llama.shortened(2), num_heads, layout, settings, max_model_len, device
+        ),
         captures=not settings.enforce_eager,
         decodes=decodes,
         timed=timed,

@@ -3,6 +3,7 @@
 Everything that a step may compile is compiled here, so that no request waits for it.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from paceline.engine.gpu.graphs import PROMPT_TOKENS, graph_sizes
+from paceline.engine.gpu.graphs import PROMPT_TOKENS, TOKENS_STEP, graph_sizes
 from paceline.engine.gpu.memory import MemoryPlan
 from paceline.engine.gpu.model_runner import GpuModelRunner
 from paceline.engine.gpu.prefill_plan import LONGEST_CHUNKS
@@ -41,6 +42,8 @@ class GpuBuild:
 
     config: ModelConfig
     model: StepModel
+    short_model: StepModel
+    """Its first two layers, of which only the last is computed for samples alone"""
     num_heads: int
     """Of this rank"""
     layout: KvLayout
@@ -101,6 +104,7 @@ def build_runner(
         graphs = _graph_bytes(runner, build, decode, decodes=decodes) if captures else 0
         runner.close()
         del runner, pool
+        _run_every_size(build, sampler)
         activations = max(activations, decode)
         # The runner is made anew, so that what it freed just now is not free.
         again = state - sampler.num_bytes
@@ -163,6 +167,21 @@ def _run_prefills(runner: GpuModelRunner, build: GpuBuild) -> None:
     _run(runner, [count], start=build.max_model_len - count)
     num_rows = min(build.settings.max_num_seqs, max_tokens)
     _run(runner, [min(max_tokens // num_rows, build.max_model_len)] * num_rows)
+
+
+def _run_every_size(build: GpuBuild, sampler: GpuSampler) -> None:
+    """Run all sizes that products of a step without a graph are padded to.
+
+    cuBLAS loads its kernels by that, of which requests would wait for some.
+    """
+    short = dataclasses.replace(build, model=build.short_model)
+    runner, _ = short.make_runner(sampler, num_blocks=2)
+    most, longest = build.settings.max_num_batched_tokens, build.max_model_len
+    for num_tokens in (*range(TOKENS_STEP, most, TOKENS_STEP), most):
+        whole, rest = divmod(num_tokens, longest)
+        counts = [longest] * whole + [rest] * (rest > 0)
+        _run(runner, counts[: build.settings.max_num_seqs])
+    runner.close()
 
 
 def _run_decodes(runner: GpuModelRunner, sizes: Sequence[int]) -> None:

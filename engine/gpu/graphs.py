@@ -23,6 +23,9 @@ step takes a GPU longer than its launches take a CPU."""
 FEW_ROWS = 64
 
 
+TOKENS_STEP = 128
+
+
 class PromptShape(NamedTuple):
     """What a step with tokens of prompts is padded to."""
 
@@ -59,6 +62,15 @@ def shape_for(shapes: Sequence[PromptShape], num_tokens: int, num_rows: int) -> 
     """Return the first shape that holds so many, if any does."""
     fitting = (s for s in shapes if s.num_tokens >= num_tokens and s.num_rows >= num_rows)
     return next(fitting, None)
+
+
+def padded_tokens(num_tokens: int, max_num_tokens: int) -> int:
+    """Return what a step without a shape is padded to: one of few sizes, all launched at start-up.
+
+    cuBLAS loads a kernel when it first takes it, and that launch waits for the device. Products
+    have tiles of as many rows, so that padding takes no time.
+    """
+    return min(-(-num_tokens // TOKENS_STEP) * TOKENS_STEP, max_num_tokens)
 
 
 class StepGraphs(Generic[Shape, Result]):

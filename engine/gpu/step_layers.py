@@ -2,7 +2,7 @@
 
     every row decodes        padded to one of a few sizes, replays a graph
     up to 1,024 tokens       padded to one of a few shapes, replays a graph: any row may decode
-    more, or Hopper tiles    launched kernel by kernel
+    more, or Hopper tiles    padded to a multiple of 128, launched kernel by kernel
 
 Padded without graphs too, so that both give the same bits.
 """
@@ -16,13 +16,19 @@ from paceline.engine.gpu.graphs import (
     PromptShape,
     StepGraphs,
     graph_sizes,
+    padded_tokens,
     prompt_shapes,
     shape_for,
     size_for,
 )
 from paceline.engine.gpu.prefill_plan import PrefillPlanner, count_decode_rows
 from paceline.engine.gpu.step_inputs import NO_TILES, RowShape, RowUpload
-from paceline.engine.gpu.step_kernels import GpuBatch, GpuStepKernels, KernelResources
+from paceline.engine.gpu.step_kernels import (
+    MAX_SKINNY_ROWS,
+    GpuBatch,
+    GpuStepKernels,
+    KernelResources,
+)
 from paceline.engine.kv_pool import KvPool
 from paceline.engine.model_config import ModelConfig
 from paceline.engine.step_kernels import StepModel
@@ -78,6 +84,7 @@ class StepLayers:
         device, max_num_slots = pool.blocks.device, len(slots.tables)
         self._model = model
         self._slots = slots
+        self._max_num_tokens = max_num_tokens
         self._block_tokens = pool.layout.block_tokens
         self._row_tables = torch.zeros_like(slots.tables)
         self._token_ids = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
@@ -166,15 +173,14 @@ class StepLayers:
     def _compute_unpadded(
         self, plan: StepPlan, num_decode_rows: int, tiles: PrefillTiles | None
     ) -> Computed:
-        """Compute a step as it is, but for samples.
-
-        These are padded to sizes that the head's product has had before: cuBLAS loads a kernel when
-        it first takes it, and the launch would wait for the device.
-        """
+        """Compute a step kernel by kernel, its products at sizes that start-up has launched."""
         sizes, num_samples = self._decodes.shapes, len(plan.sample_slots)
         entries = NO_TILES if tiles is None else self._planner.cut(plan, num_decode_rows, tiles)
+        num_tokens = plan.num_tokens
+        if num_tokens > MAX_SKINNY_ROWS:
+            num_tokens = padded_tokens(num_tokens, self._max_num_tokens)
         padded = size_for(sizes, num_samples) if num_samples else None
-        rows = RowShape(len(plan.slots), plan.num_tokens, padded or num_samples, len(entries))
+        rows = RowShape(len(plan.slots), num_tokens, padded or num_samples, len(entries))
         self._rows.pack(plan, num_decode_rows, rows, entries)
         return self._run(
             rows,

@@ -3,6 +3,7 @@
 A pre-norm decoder with gated MLP and rotary positions.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,6 +49,12 @@ class LlamaModel:
         self._final_norm = weights["model.norm.weight"]
         self._head = weights.get("lm_head.weight", self._embedding)
         self._layers = [_layer_weights(weights, layer) for layer in range(config.num_layers)]
+
+    def shortened(self, num_layers: int) -> "LlamaModel":
+        """Return a model of the first layers, on the same weights."""
+        short = copy.copy(self)
+        short._layers = self._layers[:num_layers]
+        return short
 
     def forward(self, kernels: StepKernels) -> torch.Tensor:
         """Return the logits of the sampled positions, [S, vocab_size], in the weights' dtype."""

@@ -12,7 +12,10 @@ from model_references import write_model
 from runner_driver import RunnerDriver
 from triton_device import device
 
+from paceline.engine.gpu import build
 from paceline.engine.gpu.build import GRAPH_BYTES, OTHER_CHUNKS, GpuBuild, build_runner
+from paceline.engine.gpu.graphs import padded_tokens
+from paceline.engine.gpu.model_runner import GpuModelRunner
 from paceline.engine.gpu.prefill_plan import LONGEST_CHUNKS
 from paceline.engine.gpu.step_kernels import MAX_SKINNY_ROWS
 from paceline.engine.model_config import read_model_config
@@ -20,12 +23,14 @@ from paceline.engine.models.llama import LlamaModel
 from paceline.engine.parallel import ParallelContext
 from paceline.engine.settings import EngineSettings
 from paceline.engine.warm_up import warm_up
-from paceline.engine.weights import load_weights
+from paceline.engine.weights import dummy_weights, load_weights
 from paceline.kernels.rms_norm_triton import choose_tile as choose_rms_tile
 from paceline.kernels.rope_kv_write_triton import choose_tile as choose_rope_tile
 from paceline.kernels.silu_mul_triton import choose_tile as choose_silu_tile
 from paceline.kernels.skinny_tiles import choose_tiles as choose_skinny_tiles
 from paceline.kv_layout import attention_layout
+
+DEVICE = torch.device(device())
 
 
 def test_a_runner_is_built_in_the_steps_of_the_checklist(tmp_path: Path) -> None:
@@ -39,8 +44,9 @@ def test_a_runner_is_built_in_the_steps_of_the_checklist(tmp_path: Path) -> None
     )
     settings = EngineSettings(num_kv_blocks=9, max_num_seqs=2, max_num_batched_tokens=16)
     on_device = {name: tensor.to(device()) for name, tensor in weights.items()}
-    build = GpuBuild(
-        config, LlamaModel(config, on_device), 4, layout, settings, 64, torch.device(device())
+    model = LlamaModel(config, on_device)
+    built = GpuBuild(
+        config, model, model.shortened(2), 4, layout, settings, 64, torch.device(device())
     )
     steps: list[str] = []
 
@@ -50,7 +56,7 @@ def test_a_runner_is_built_in_the_steps_of_the_checklist(tmp_path: Path) -> None
 
     shares: list[float] = []
     runner, pool, plan = build_runner(
-        build,
+        built,
         captures=True,
         decodes=True,
         timed=timed,
@@ -79,11 +85,12 @@ def test_memory_is_kept_for_every_graph_though_a_step_has_fewer_tokens_than_sequ
         num_layers=1, num_kv_heads=2, head_dim=16, block_tokens=16, dtype="float32"
     )
     settings = EngineSettings(num_kv_blocks=9, max_num_seqs=32, max_num_batched_tokens=16)
-    build = GpuBuild(
-        config, LlamaModel(config, on_device), 4, layout, settings, 32, torch.device(device())
+    model = LlamaModel(config, on_device)
+    built = GpuBuild(
+        config, model, model.shortened(2), 4, layout, settings, 32, torch.device(device())
     )
     runner, _, plan = build_runner(
-        build,
+        built,
         captures=True,
         decodes=False,
         timed=lambda name: nullcontext(),
@@ -92,6 +99,34 @@ def test_memory_is_kept_for_every_graph_though_a_step_has_fewer_tokens_than_sequ
     assert runner.num_graphs(decodes=False) == 2  # of 16 and of 32 tokens
     assert plan.graphs >= runner.num_graphs(decodes=False) * GRAPH_BYTES
     runner.close()
+
+
+@pytest.mark.parametrize("max_tokens", [100, 1000, 4096])
+def test_start_up_runs_every_size_of_a_product_in_steps_without_a_graph(
+    max_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path, "LlamaForCausalLM", num_hidden_layers=1)
+    config = read_model_config(tmp_path)
+    layout = attention_layout(
+        num_layers=1, num_kv_heads=2, head_dim=16, block_tokens=16, dtype="float32"
+    )
+    settings = EngineSettings(num_kv_blocks=9, max_num_seqs=16, max_num_batched_tokens=max_tokens)
+    weights = dummy_weights(
+        config, torch.float32, ParallelContext(), lambda done, total: None, device=DEVICE
+    )
+    model = LlamaModel(config, weights)
+    short = model.shortened(0)
+    built = GpuBuild(config, model, short, 4, layout, settings, 300, DEVICE)
+    sizes: list[int] = []
+
+    def run(runner: GpuModelRunner, counts: list[int]) -> None:
+        assert runner._model is short
+        assert max(counts) <= 300
+        sizes.append(sum(counts))
+
+    monkeypatch.setattr(build, "_run", run)
+    build._run_every_size(built, built.make_sampler())
+    assert set(sizes) == {padded_tokens(n, max_tokens) for n in range(1, max_tokens + 1)}
 
 
 @pytest.mark.parametrize("max_tokens", [64, 512, 8192])

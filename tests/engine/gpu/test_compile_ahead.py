@@ -79,7 +79,8 @@ layout = attention_layout(
     num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=16, dtype="bfloat16"
 )
 settings = EngineSettings(max_num_seqs=4, max_num_batched_tokens=512)
-built = build.GpuBuild(config, LlamaModel(config, weights), 4, layout, settings, 512, device)
+model = LlamaModel(config, weights)
+built = build.GpuBuild(config, model, model, 4, layout, settings, 512, device)
 sampler = built.make_sampler()
 runner, pool = built.make_runner(sampler, 2)
 compile_ahead(lambda: build._run_every_kernel(runner, sampler, built))

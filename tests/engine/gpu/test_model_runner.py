@@ -20,6 +20,7 @@ from paceline.engine.gpu.model_runner import GpuModelRunner
 from paceline.engine.gpu.step_layers import Computed
 from paceline.engine.step_plan import StepPlan
 from paceline.kernels.rope_kv_write_triton import rope_kv_write_triton
+from paceline.kernels.silu_mul_triton import silu_mul_triton
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-4}
 SMALL = {"num_hidden_layers": 2, "intermediate_size": 64}
@@ -193,6 +194,27 @@ def test_the_head_s_product_has_few_sizes_in_steps_that_are_launched_as_they_are
     assert len(driver.model.logits[-1]) == 4
     driver.step(Row(0, [1, 2], sample="none"))
     assert len(driver.model.logits[-1]) == 0
+
+
+def test_steps_that_are_launched_as_they_are_give_the_reference_s_logits_in_few_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path, "LlamaForCausalLM", **SMALL)
+    driver = RunnerDriver(tmp_path, kind="gpu", num_slots=3, pads_prompts=False)
+    heights: list[int] = []
+
+    def recorded(x: torch.Tensor) -> torch.Tensor:
+        heights.append(len(x))
+        return silu_mul_triton(x)
+
+    monkeypatch.setattr(step_kernels, "silu_mul_triton", recorded)
+    tokens, other = random_tokens(70), random_tokens(5, seed=1)
+    driver.start(0)
+    driver.start(1)
+    _, logits = driver.step(Row(0, tokens), Row(1, other))
+    expected = [logits_of(model, tokens)[-1], logits_of(model, other)[-1]]
+    torch.testing.assert_close(logits, torch.stack(expected), **CLOSE)
+    assert heights == [128]  # of the last layer, only samples
 
 
 def test_what_no_kernel_may_see_is_refused_and_the_runner_goes_on(tmp_path: Path) -> None:
