@@ -1,11 +1,11 @@
-"""How other threads talk to the engine thread: calls in a queue, run at the start of a step."""
+"""How other threads talk to the engine thread: calls in a queue, run before a step is planned."""
 
 import threading
 from collections import deque
 from collections.abc import Callable
 
 Call = Callable[[float], None]
-"""Takes the time of the step at whose start it runs."""
+"""Takes the time at which it runs."""
 
 
 class Mailbox:
