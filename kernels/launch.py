@@ -31,7 +31,8 @@ def compile_ahead(run: Callable[[], None]) -> None:
     """Compile and load the kernels that `run` launches, and launch none: their outputs stay as they
     are.
 
-    Takes a thread for each CPU. Raises the first error of a compilation, when all have ended.
+    Takes some threads more than there are CPUs. Raises the first error of a compilation, when all
+    have ended.
     """
 
     def only_compile() -> None:

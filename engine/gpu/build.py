@@ -5,7 +5,7 @@ Everything that a step may compile is compiled here, so that no request waits fo
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -62,8 +62,10 @@ class GpuBuild:
             self.device,
         )
 
-    def make_runner(self, sampler: GpuSampler, num_blocks: int) -> tuple[GpuModelRunner, KvPool]:
-        """Allocate a pool and a runner on it."""
+    def make_runner(
+        self, sampler: GpuSampler, num_blocks: int, *, pads_prompts: bool = True
+    ) -> tuple[GpuModelRunner, KvPool]:
+        """Allocate a pool and a runner on it; without `pads_prompts`, no step takes a shape."""
         blocks = torch.zeros(
             (num_blocks, self.layout.block_bytes), dtype=torch.uint8, device=self.device
         )
@@ -77,6 +79,7 @@ class GpuBuild:
             max_num_slots=self.settings.max_num_seqs,
             max_num_tokens=self.settings.max_num_batched_tokens,
             max_model_len=self.max_model_len,
+            max_padded_tokens=PROMPT_TOKENS[-1] if pads_prompts else 0,
         )
         return runner, pool
 
@@ -96,11 +99,8 @@ def build_runner(
         state = _allocated(build.device) - weights
         compile_ahead(lambda: _run_every_kernel(runner, sampler, build))
     with timed("measure a step"):
-        sizes = graph_sizes(settings.max_num_seqs)
-        # Without graphs, each size is launched once, so that no request waits for that.
-        needed = sizes[-1:] if captures else sizes
         activations = _peak(build.device, lambda: _run_prefills(runner, build))
-        decode = _peak(build.device, lambda: _run_decodes(runner, needed))
+        decode = _peak(build.device, lambda: _run(runner, [1] * settings.max_num_seqs))
         graphs = _graph_bytes(runner, build, decode, decodes=decodes) if captures else 0
         runner.close()
         del runner, pool
@@ -131,8 +131,7 @@ def build_runner(
 
 def _graph_bytes(runner: GpuModelRunner, build: GpuBuild, decode: int, *, decodes: bool) -> int:
     """Estimate what captured steps keep; `decode`: what the largest decode step takes at most."""
-    longest = min(PROMPT_TOKENS[-1], build.settings.max_num_batched_tokens, build.max_model_len)
-    prompts = _peak(build.device, lambda: _run(runner, [longest]))
+    prompts = _peak(build.device, runner.launch_largest_prompts)
     rows = runner.graph_rows(decodes=decodes)
     dtype_bytes = TORCH_DTYPES[build.layout.groups[0].planes[0].dtype].itemsize
     logits = sum(rows) * build.config.vocab_size * dtype_bytes  # each graph keeps its own
@@ -170,24 +169,21 @@ def _run_prefills(runner: GpuModelRunner, build: GpuBuild) -> None:
 
 
 def _run_every_size(build: GpuBuild, sampler: GpuSampler) -> None:
-    """Run all sizes that products of a step without a graph are padded to.
+    """Run all sizes that products of a step without a graph are padded to, samples included.
 
     cuBLAS loads its kernels by that, of which requests would wait for some.
     """
     short = dataclasses.replace(build, model=build.short_model)
-    runner, _ = short.make_runner(sampler, num_blocks=2)
+    # Prompts of few tokens have no graph either where their tiles are specialized.
+    runner, _ = short.make_runner(sampler, num_blocks=2, pads_prompts=False)
     most, longest = build.settings.max_num_batched_tokens, build.max_model_len
     for num_tokens in (*range(TOKENS_STEP, most, TOKENS_STEP), most):
         whole, rest = divmod(num_tokens, longest)
         counts = [longest] * whole + [rest] * (rest > 0)
         _run(runner, counts[: build.settings.max_num_seqs])
-    runner.close()
-
-
-def _run_decodes(runner: GpuModelRunner, sizes: Sequence[int]) -> None:
-    """Run a decode step of each size."""
-    for size in sizes:
+    for size in graph_sizes(build.settings.max_num_seqs):
         _run(runner, [1] * size)
+    runner.close()
 
 
 def _run(runner: GpuModelRunner, counts: list[int], start: int = 0) -> None:

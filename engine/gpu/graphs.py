@@ -18,12 +18,11 @@ Shape = TypeVar("Shape", bound=Hashable)
 Result = TypeVar("Result")
 
 PROMPT_TOKENS = (16, 32, 64, 128, 256, 384, 512, 640, 768, 1024)
-"""Multiples of 128, since cuBLAS takes longer for 448 tokens of an 8B model than for 512. A larger
-step takes a GPU longer than its launches take a CPU."""
+"""From 128 on its multiples: cuBLAS takes longer for 448 tokens of an 8B model than for 512. Larger
+steps take a GPU longer than their launches take a CPU."""
 FEW_ROWS = 64
-
-
 TOKENS_STEP = 128
+"""Of the sizes that larger steps are padded to; see `padded_tokens`."""
 
 
 class PromptShape(NamedTuple):

@@ -25,7 +25,7 @@ class MemoryPlan:
     activations: int
     """Of the largest step, beyond what stays."""
     graphs: int
-    """Of the captured decode steps, in their own pool of memory."""
+    """Of the captured steps, in their own pools of memory."""
 
     @property
     def own(self) -> int:

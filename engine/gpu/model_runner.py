@@ -120,6 +120,11 @@ class GpuModelRunner:
         with torch.inference_mode():
             self._layers.launch_padded()
 
+    def launch_largest_prompts(self) -> None:
+        """Launch the layers of the largest step with prompts that can be captured, if any can."""
+        with torch.inference_mode():
+            self._layers.launch_largest_prompts()
+
     def launch(self, plan: StepPlan) -> StepHandle:
         """Begin a step. An error before it was begun is kept for `result`."""
         try:

@@ -126,6 +126,11 @@ class StepLayers:
         for size in self._decodes.shapes:
             self._decodes_of(size)()
 
+    def launch_largest_prompts(self) -> None:
+        """Launch the largest step with prompts, if there are any, of rows that do nothing."""
+        for shape in self._prompts.shapes[-1:]:
+            self._prompts_of(shape)()
+
     def pad_decodes(self, size: int) -> None:
         """Make every row of a decode step one that pads."""
         self._rows.pad(_decode_shape(size))

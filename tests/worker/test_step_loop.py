@@ -143,13 +143,14 @@ def test_an_idle_loop_counts_as_making_progress() -> None:
 
 
 class TimedRunner:
-    """Steps of 0.2 s each, one after the other."""
+    """Steps of 0.2 s each, one after the other; `short` ones of 0.01 s."""
 
     max_num_slots = 1
 
-    def __init__(self, *, blocking: int = -1) -> None:
+    def __init__(self, *, blocking: int = -1, short: int = -1) -> None:
         """blocking: the step whose launch returns when it has ended."""
         self._blocking = blocking
+        self._short = short
         self._free_s = 0.0
         self.idle_s: list[float] = []
         """Ahead of each step."""
@@ -157,7 +158,7 @@ class TimedRunner:
     def launch(self, plan: StepPlan) -> "TimedStep":
         start_s = max(self._free_s, time.monotonic())
         self.idle_s.append(start_s - self._free_s)
-        self._free_s = start_s + 0.2
+        self._free_s = start_s + (0.01 if plan.step_id == self._short else 0.2)
         step = TimedStep(plan.step_id, self._free_s)
         if plan.step_id == self._blocking:
             step.result()
@@ -202,6 +203,12 @@ def test_what_arrives_while_a_step_runs_is_there_when_the_next_is_planned() -> N
     calls = core.calls
     assert calls.index("apply 3") < calls.index("arrived") < calls.index("plan 5")
     assert [call for call in calls if call.startswith("apply")] == [f"apply {n}" for n in range(8)]
+    assert max(runner.idle_s[1:]) < 0.1
+
+
+def test_a_step_that_ends_before_it_was_expected_to_does_not_keep_the_device_waiting() -> None:
+    core, runner = CountingCore(8), TimedRunner(short=5)
+    run_steps(core, Mailbox(), runner)
     assert max(runner.idle_s[1:]) < 0.1
 
 

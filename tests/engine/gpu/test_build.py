@@ -14,14 +14,17 @@ from triton_device import device
 
 from paceline.engine.gpu import build
 from paceline.engine.gpu.build import GRAPH_BYTES, OTHER_CHUNKS, GpuBuild, build_runner
-from paceline.engine.gpu.graphs import padded_tokens
+from paceline.engine.gpu.graphs import graph_sizes, padded_tokens
 from paceline.engine.gpu.model_runner import GpuModelRunner
 from paceline.engine.gpu.prefill_plan import LONGEST_CHUNKS
+from paceline.engine.gpu.step_inputs import RowShape
 from paceline.engine.gpu.step_kernels import MAX_SKINNY_ROWS
+from paceline.engine.gpu.step_layers import Computed, StepLayers
 from paceline.engine.model_config import read_model_config
 from paceline.engine.models.llama import LlamaModel
 from paceline.engine.parallel import ParallelContext
 from paceline.engine.settings import EngineSettings
+from paceline.engine.step_kernels import StepModel
 from paceline.engine.warm_up import warm_up
 from paceline.engine.weights import dummy_weights, load_weights
 from paceline.kernels.rms_norm_triton import choose_tile as choose_rms_tile
@@ -101,32 +104,71 @@ def test_memory_is_kept_for_every_graph_though_a_step_has_fewer_tokens_than_sequ
     runner.close()
 
 
-@pytest.mark.parametrize("max_tokens", [100, 1000, 4096])
-def test_start_up_runs_every_size_of_a_product_in_steps_without_a_graph(
-    max_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_model(tmp_path, "LlamaForCausalLM", num_hidden_layers=1)
-    config = read_model_config(tmp_path)
+def make_build(folder: Path, settings: EngineSettings, max_model_len: int) -> GpuBuild:
+    write_model(folder, "LlamaForCausalLM", num_hidden_layers=1)
+    config = read_model_config(folder)
     layout = attention_layout(
         num_layers=1, num_kv_heads=2, head_dim=16, block_tokens=16, dtype="float32"
     )
-    settings = EngineSettings(num_kv_blocks=9, max_num_seqs=16, max_num_batched_tokens=max_tokens)
     weights = dummy_weights(
         config, torch.float32, ParallelContext(), lambda done, total: None, device=DEVICE
     )
     model = LlamaModel(config, weights)
-    short = model.shortened(0)
-    built = GpuBuild(config, model, short, 4, layout, settings, 300, DEVICE)
-    sizes: list[int] = []
+    return GpuBuild(config, model, model.shortened(1), 4, layout, settings, max_model_len, DEVICE)
 
-    def run(runner: GpuModelRunner, counts: list[int]) -> None:
-        assert runner._model is short
-        assert max(counts) <= 300
-        sizes.append(sum(counts))
 
-    monkeypatch.setattr(build, "_run", run)
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepModel, RowShape]]:
+    """The models and shapes of steps, none of which is computed."""
+    seen: list[tuple[StepModel, RowShape]] = []
+
+    def run(layers: StepLayers, shape: RowShape, *args: object, **kwargs: object) -> Computed:
+        seen.append((layers._model, shape))
+        arrays = layers._rows.arrays(shape)
+        return Computed(torch.empty(0), arrays.sample_slots, arrays.sample_indices)
+
+    monkeypatch.setattr(StepLayers, "_run", run)
+    monkeypatch.setattr(GpuModelRunner, "_sample", lambda *args: None)
+    return seen
+
+
+@pytest.mark.parametrize("max_tokens", [100, 1000, 4096])
+def test_start_up_runs_every_size_of_a_product_in_steps_without_a_graph(
+    max_tokens: int, tmp_path: Path, launched: list[tuple[StepModel, RowShape]]
+) -> None:
+    settings = EngineSettings(num_kv_blocks=9, max_num_seqs=16, max_num_batched_tokens=max_tokens)
+    built = make_build(tmp_path, settings, max_model_len=300)
     build._run_every_size(built, built.make_sampler())
-    assert set(sizes) == {padded_tokens(n, max_tokens) for n in range(1, max_tokens + 1)}
+    assert all(model is built.short_model for model, _ in launched)
+    # 896 too, which is no prompt's shape, but is launched with specialized tiles.
+    sizes = {padded_tokens(n, max_tokens) for n in range(MAX_SKINNY_ROWS + 1, max_tokens + 1)}
+    assert sizes <= {shape.num_tokens for _, shape in launched}
+    assert set(graph_sizes(16)) <= {shape.num_samples for _, shape in launched}
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 3])
+def test_start_up_runs_the_largest_step_that_so_few_short_sequences_make(
+    max_num_seqs: int, tmp_path: Path, launched: list[tuple[StepModel, RowShape]]
+) -> None:
+    settings = EngineSettings(
+        num_kv_blocks=9, max_num_seqs=max_num_seqs, max_num_batched_tokens=2048
+    )
+    built = make_build(tmp_path, settings, max_model_len=90)
+    build._run_every_size(built, built.make_sampler())
+    largest = padded_tokens(90 * max_num_seqs, 2048)
+    assert max(shape.num_tokens for _, shape in launched) == largest
+
+
+def test_memory_is_kept_for_the_largest_graph_though_a_sequence_is_shorter(
+    tmp_path: Path, launched: list[tuple[StepModel, RowShape]]
+) -> None:
+    settings = EngineSettings(num_kv_blocks=9, max_num_seqs=4, max_num_batched_tokens=512)
+    built = make_build(tmp_path, settings, max_model_len=32)
+    runner, _ = built.make_runner(built.make_sampler(), num_blocks=2)
+
+    build._graph_bytes(runner, built, 0, decodes=False)
+    assert max(shape.num_tokens for _, shape in launched) == 512
+    runner.close()
 
 
 @pytest.mark.parametrize("max_tokens", [64, 512, 8192])

@@ -97,6 +97,7 @@ def serve():
         build._run(runner, [1, 1, 1, min(count, 500)])
 
 
+compile_ahead(lambda: build._run_every_size(built, sampler))
 compile_ahead(serve)
 runner.capture_graphs()
 compile_ahead(serve)
