@@ -60,8 +60,8 @@ class StepLoop:
         self._overlap = overlap
         self._stopping = False
         self._times = StepTimes()
-        self._free_s: float | None = 0.0
-        """When the device ended the last step; None: some time before its result was taken."""
+        self._free_s = 0.0
+        """When the device last ended a step, of those whose end was waited for."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.last_progress_s = time.monotonic()
         """When the last step ended, or the loop last found nothing to do."""
@@ -113,9 +113,7 @@ class StepLoop:
 
     def _take_late_calls(self, running: _Launched) -> None:
         """Run calls until the step behind `running` has to be planned."""
-        if self._free_s is None:
-            return  # perhaps it is over soon
-        started_s = max(self._free_s, running.time_s)
+        started_s = max(self._free_s, running.time_s)  # or later
         until_s = started_s + self._times.time_to_spare(running.num_tokens)
         while not self._stopping and (left_s := until_s - time.monotonic()) > 0:
             if running.handle.done():
@@ -127,10 +125,10 @@ class StepLoop:
         was_over = step.handle.done()
         result = step.handle.result()
         now = time.monotonic()
-        if self._free_s is not None:
-            seconds = now - max(self._free_s, step.time_s)
-            self._times.note(step.num_tokens, seconds, was_over=was_over)
-        # A launch may block, for example when it loads a kernel: then the next step runs already.
-        self._free_s = None if was_over else now
+        seconds = now - max(self._free_s, step.time_s)
+        self._times.note(step.num_tokens, seconds, was_over=was_over)
+        # A launch takes long, or blocks when it loads a kernel: then the next step runs already.
+        if not was_over:
+            self._free_s = now
         self._core.apply(result, now)
         self.num_steps += 1
