@@ -60,7 +60,7 @@ class GpuModelRunner:
     ) -> None:
         """num_heads: of this rank. max_num_tokens: new tokens of a step at most.
 
-        max_padded_tokens: a step with prompts of more tokens is launched as it is.
+        max_padded_tokens: a step with prompts of more tokens is launched kernel by kernel.
         """
         device = pool.blocks.device
         self.max_num_slots = max_num_slots

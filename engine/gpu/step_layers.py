@@ -1,4 +1,4 @@
-"""Compute a step's logits: as it is, or padded to a shape that has a CUDA graph.
+"""Compute a step's logits: by a CUDA graph where one fits, else kernel by kernel.
 
     every row decodes        padded to one of a few sizes, replays a graph
     up to 1,024 tokens       padded to one of a few shapes, replays a graph: any row may decode
@@ -164,7 +164,7 @@ class StepLayers:
             self._prompts.shapes, plan.num_tokens, max(len(plan.slots), len(plan.sample_slots))
         )
         if tiles is None or tiles.specialized or shape is None:
-            computed = self._compute_unpadded(plan, num_decode_rows, tiles)
+            computed = self._compute_by_kernels(plan, num_decode_rows, tiles)
         else:
             rows, tiles = self._padded(shape)
             entries = self._planner.cut(plan, num_decode_rows, tiles)
@@ -175,7 +175,7 @@ class StepLayers:
                 computed = self._run_prompts(shape)
         return computed.first(len(plan.sample_slots))
 
-    def _compute_unpadded(
+    def _compute_by_kernels(
         self, plan: StepPlan, num_decode_rows: int, tiles: PrefillTiles | None
     ) -> Computed:
         """Compute a step kernel by kernel, its products at sizes that start-up has launched."""
