@@ -7,6 +7,7 @@ carries only what changes. Prefill chunks (many new tokens), decode (one) and ve
 are rows of the same kind and mix.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -91,6 +92,8 @@ class StepResult:
     """[S] in the order of the plan's samples."""
     logprobs: dict[int, TopLogprobs] = field(default_factory=dict)
     """By sample number, only of the slots whose parameters ask for them."""
+    ended_s: float = field(default_factory=time.monotonic)
+    """time.monotonic() when the device had computed it, which may be long before one asks."""
 
 
 class StepHandle(Protocol):

@@ -61,7 +61,7 @@ class StepLoop:
         self._stopping = False
         self._times = StepTimes()
         self._free_s = 0.0
-        """When the device last ended a step, of those whose end was waited for."""
+        """When the device ended the last step whose result was taken."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.last_progress_s = time.monotonic()
         """When the last step ended, or the loop last found nothing to do."""
@@ -113,7 +113,7 @@ class StepLoop:
 
     def _take_late_calls(self, running: _Launched) -> None:
         """Run calls until the step behind `running` has to be planned."""
-        started_s = max(self._free_s, running.time_s)  # or later
+        started_s = max(self._free_s, running.time_s)
         until_s = started_s + self._times.time_to_spare(running.num_tokens)
         while not self._stopping and (left_s := until_s - time.monotonic()) > 0:
             if running.handle.done():
@@ -122,13 +122,9 @@ class StepLoop:
             self._mailbox.run_calls(time.monotonic())
 
     def _apply(self, step: _Launched) -> None:
-        was_over = step.handle.done()
         result = step.handle.result()
-        now = time.monotonic()
-        seconds = now - max(self._free_s, step.time_s)
-        self._times.note(step.num_tokens, seconds, was_over=was_over)
-        # A launch takes long, or blocks when it loads a kernel: then the next step runs already.
-        if not was_over:
-            self._free_s = now
-        self._core.apply(result, now)
+        started_s = max(self._free_s, step.time_s)
+        self._free_s = result.ended_s
+        self._times.note(step.num_tokens, result.ended_s - started_s)
+        self._core.apply(result, time.monotonic())
         self.num_steps += 1

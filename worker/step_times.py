@@ -14,17 +14,16 @@ class StepTimes:
 
     def time_to_spare(self, num_tokens: int) -> float:
         """Say for how long, from the start of a step, the next one need not be planned."""
-        seconds = self._seconds.get(_size(num_tokens), 0.0)
+        size = _size(num_tokens)
+        known = max((known for known in self._seconds if known <= size), default=None)
+        seconds = 0.0 if known is None else self._seconds[known]
         return max(0.0, seconds * (1.0 - MARGIN_SHARE) - MARGIN_S)
 
-    def note(self, num_tokens: int, seconds: float, *, was_over: bool) -> None:
-        """Take what a step took; was_over: at most, since it was over before one looked."""
+    def note(self, num_tokens: int, seconds: float) -> None:
+        """Take what a step took."""
         size = _size(num_tokens)
         known = self._seconds.get(size)
-        if was_over:
-            if known is not None:  # perhaps the device waited for the next step
-                self._seconds[size] = 0.9 * min(known, seconds)
-        elif known is None or seconds < known:
+        if known is None or seconds < known:
             self._seconds[size] = seconds
         else:
             self._seconds[size] = known + (seconds - known) / 8

@@ -8,6 +8,7 @@ token, sampling parameters. Sampling behind a decode step replays a CUDA graph o
 slots need, as the layers do; behind the others it is launched kernel by kernel.
 """
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from paceline.engine.gpu.device_clock import DeviceClock
 from paceline.engine.gpu.graphs import PROMPT_TOKENS, StepGraphs
 from paceline.engine.gpu.sampler import SAMPLING_KINDS, GpuSampler, SamplingKind
 from paceline.engine.gpu.step_inputs import ChangeUpload, PinnedRing
@@ -22,7 +24,7 @@ from paceline.engine.gpu.step_layers import Computed, SlotState, StepLayers
 from paceline.engine.kv_pool import KvPool
 from paceline.engine.model_config import ModelConfig
 from paceline.engine.step_kernels import StepModel
-from paceline.engine.step_plan import FinishedStep, StepHandle, StepPlan, StepResult
+from paceline.engine.step_plan import EMPTY, FinishedStep, StepHandle, StepPlan, StepResult
 from paceline.kernels.block_copy_triton import block_copy_triton
 from paceline.kernels.step_inputs_triton import keep_samples_triton, set_table_entries_triton
 
@@ -31,15 +33,15 @@ class LaunchedStep(NamedTuple):
     """A step on its way. Implements `StepHandle`."""
 
     event: torch.cuda.Event | None
-    finish: Callable[[], StepResult]
+    clock: DeviceClock
+    finish: Callable[[float], StepResult]
+    """Given when it ended"""
 
     def done(self) -> bool:
         return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> StepResult:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.finish()
+        return self.finish(time.monotonic() if self.event is None else self.clock.wait(self.event))
 
 
 class GpuModelRunner:
@@ -91,6 +93,7 @@ class GpuModelRunner:
             kind: StepGraphs(self._layers.decode_sizes, device) for kind in SAMPLING_KINDS
         }
         self._changes = ChangeUpload(device)
+        self._clock = DeviceClock()
         self._results = PinnedRing(sampler.num_result_words, device)
 
     def graph_rows(self, *, decodes: bool) -> list[int]:
@@ -149,7 +152,7 @@ class GpuModelRunner:
         self._check(plan)
         self._apply_changes(plan, pool)
         if not len(plan.slots):
-            return self._launched(lambda: StepResult(plan.step_id, np.empty(0, np.int32)))
+            return self._launched(lambda ended_s: StepResult(plan.step_id, EMPTY, {}, ended_s))
         return self._read_back(plan, self._compute(plan))
 
     def _read_back(self, plan: StepPlan, computed: Computed) -> LaunchedStep:
@@ -162,19 +165,15 @@ class GpuModelRunner:
         pinned = self._results.next()[: words.shape[0]]
         pinned.copy_(words, non_blocking=True)
 
-        def finish() -> StepResult:
+        def finish(ended_s: float) -> StepResult:
             samples = sampler.results(pinned, slots, with_logprobs=with_logprobs)
-            return StepResult(plan.step_id, samples.token_ids, samples.logprobs)
+            return StepResult(plan.step_id, samples.token_ids, samples.logprobs, ended_s)
 
         return self._launched(finish)
 
-    def _launched(self, finish: Callable[[], StepResult]) -> LaunchedStep:
-        if self._device.type != "cuda":
-            return LaunchedStep(None, finish)
-        # A wait for it sleeps: the io thread has better use for the core.
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return LaunchedStep(event, finish)
+    def _launched(self, finish: Callable[[float], StepResult]) -> LaunchedStep:
+        event = self._clock.record() if self._device.type == "cuda" else None
+        return LaunchedStep(event, self._clock, finish)
 
     def _check(self, plan: StepPlan) -> None:
         """Refuse what a kernel would take as an address, before anything is launched."""
