@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+MAX_GAP_S = 10.0
+"""Between two events of which one dates the other: clocks drift, by 0.1 ms a second perhaps."""
+
 
 class _Passed(NamedTuple):
     event: torch.cuda.Event
@@ -15,7 +18,7 @@ class DeviceClock:
     """Takes events in the order of their recording.
 
     One that was waited for tells the time; one that had passed before is dated by what the GPU
-    counted since the event before it.
+    counted since the event before it, or as now after a long gap.
     """
 
     def __init__(self) -> None:
@@ -33,8 +36,8 @@ class DeviceClock:
         had_passed = bool(event.query())  # type: ignore[no-untyped-call]
         event.synchronize()
         time_s = time.monotonic()
-        if had_passed and self._last is not None:
-            passed_s = self._last.time_s + self._last.event.elapsed_time(event) / 1000.0
-            time_s = min(time_s, passed_s)
+        last = self._last
+        if had_passed and last is not None and time_s - last.time_s < MAX_GAP_S:
+            time_s = min(time_s, last.time_s + last.event.elapsed_time(event) / 1000.0)
         self._last = _Passed(event, time_s)
         return time_s

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from paceline.engine.gpu.device_clock import DeviceClock
+from paceline.engine.gpu.device_clock import MAX_GAP_S, DeviceClock
 
 
 class FakeEvent:
@@ -45,6 +45,13 @@ def test_one_that_was_waited_for_is_dated_now_and_none_later_than_now() -> None:
     before = time.monotonic()
     assert before <= wait(clock, FakeEvent(5.0, had_passed=False))
     assert wait(clock, FakeEvent(1e6, had_passed=True)) <= time.monotonic()
+
+
+def test_after_a_long_gap_clocks_have_drifted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, now = DeviceClock(), time.monotonic()
+    first = wait(clock, FakeEvent(0.0, had_passed=False))
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2 * MAX_GAP_S)
+    assert wait(clock, FakeEvent(1000.0, had_passed=True)) == now + 2 * MAX_GAP_S > first + 1.0
 
 
 @pytest.mark.gpu
