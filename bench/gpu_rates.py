@@ -21,8 +21,34 @@ class Rates(NamedTuple):
         return max(num_bytes / self.read_bytes_per_s, flops / self.matrix_flop_per_s)
 
 
-def graph_seconds(calls: Sequence[Callable[[], object]]) -> float:
+Calls = Sequence[Callable[[], object]]
+
+
+def graph_seconds(calls: Calls) -> float:
     """Time one of the calls, each captured once in one graph; the median of replays."""
+    return seconds_in_turn(calls)[0]
+
+
+def seconds_in_turn(*sides: Calls) -> list[float]:
+    """Time one call of each side as `graph_seconds` does, the sides' graphs replayed in turn: a GPU
+    that has worked hard is slower for a while.
+    """
+    graphs = [_captured(calls) for calls in sides]
+    event: Any = torch.cuda.Event
+    seconds: list[list[float]] = [[] for _ in sides]
+    for _ in range(NUM_REPLAYS):
+        for calls, graph, taken in zip(sides, graphs, seconds, strict=True):
+            start, end = (event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            taken.append(start.elapsed_time(end) / 1000 / len(calls))
+    return [statistics.median(taken) for taken in seconds]
+
+
+def _captured(calls: Calls) -> torch.cuda.CUDAGraph:
+    """Return a graph of the calls that has run once."""
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -31,16 +57,7 @@ def graph_seconds(calls: Sequence[Callable[[], object]]) -> float:
         for call in calls:
             call()
     graph.replay()
-    event: Any = torch.cuda.Event
-    seconds: list[float] = []
-    for _ in range(NUM_REPLAYS):
-        start, end = (event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(start.elapsed_time(end) / 1000 / len(calls))
-    return statistics.median(seconds)
+    return graph
 
 
 def random_bf16(*shape: int) -> torch.Tensor:

@@ -3,7 +3,8 @@ FILE]`.
 
 Every time is of a CUDA graph with many calls on rotating inputs, larger together than the L2 cache,
 divided by the number of calls; the median of several replays. Beside each stand its floor, from the
-read and matrix rates that the same run measures, and PyTorch's own operator where there is one.
+read and matrix rates that the same run measures, and PyTorch's own operator where there is one,
+replayed in turn with it.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from paceline.bench.environment import write_result
-from paceline.bench.gpu_rates import Rates, graph_seconds, measure_rates, random_bf16
+from paceline.bench.gpu_rates import Calls, Rates, measure_rates, random_bf16, seconds_in_turn
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_TOKENS = 32, 8, 128, 16
 PRODUCTS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -43,8 +44,8 @@ def measure_product(name: str, num_rows: int, rates: Rates) -> dict[str, Any]:
 
     num_bytes = 2 * (num_outputs * inner + num_rows * (inner + num_outputs))
     return compared(
-        graph_seconds([partial(ours, weight) for weight in weights]),
-        graph_seconds([partial(F.linear, x, weight) for weight in weights]),
+        [partial(ours, weight) for weight in weights],
+        [partial(F.linear, x, weight) for weight in weights],
         rates.floor_s(num_bytes, 2 * num_rows * num_outputs * inner),
     )
 
@@ -94,8 +95,8 @@ def measure_decode_attention(batch: int, context: int, rates: Rates) -> Any:
             tiles=tiles,
         )
 
-    seconds = graph_seconds([call(layer) for layer in range(num_layers)])
-    return compared(seconds, None, batch * context * token_bytes / rates.read_bytes_per_s)
+    calls = [call(layer) for layer in range(num_layers)]
+    return compared(calls, None, batch * context * token_bytes / rates.read_bytes_per_s)
 
 
 def measure_prefill_attention(num_tokens: int, rates: Rates) -> Any:
@@ -136,9 +137,8 @@ def measure_prefill_attention(num_tokens: int, rates: Rates) -> Any:
         return F.scaled_dot_product_attention(k, k, k, is_causal=True)
 
     flops = 2.0 * NUM_HEADS * HEAD_DIM * num_tokens**2
-    seconds = graph_seconds([ours] * 10)
-    result = compared(seconds, graph_seconds([theirs] * 10), flops / rates.matrix_flop_per_s)
-    return result | {"tflop_per_s": flops / seconds / 1e12}
+    result = compared([ours] * 10, [theirs] * 10, flops / rates.matrix_flop_per_s)
+    return result | {"tflop_per_s": flops / result["us"] / 1e6}
 
 
 def measure_small_kernels(rates: Rates) -> dict[str, Any]:
@@ -147,18 +147,18 @@ def measure_small_kernels(rates: Rates) -> dict[str, Any]:
     results = {}
     for name, make in small_kernel_cases(Shape(), (1, 8, 64, 1024, 8192), (1, 8, 64, 256), "cuda"):
         case = make()
-        theirs = graph_seconds(case.theirs) if case.theirs else None
-        floor_s = rates.floor_s(case.num_bytes, 0)
-        results[name] = compared(graph_seconds(case.ours), theirs, floor_s)
+        results[name] = compared(case.ours, case.theirs, rates.floor_s(case.num_bytes, 0))
         del case
         torch.cuda.empty_cache()
     return results
 
 
-def compared(seconds: float, torch_seconds: float | None, floor_s: float) -> dict[str, Any]:
+def compared(ours: Calls, theirs: Calls | None, floor_s: float) -> dict[str, Any]:
+    """Time both in turn, if there is another side."""
+    seconds, *torch_seconds = seconds_in_turn(ours, theirs) if theirs else seconds_in_turn(ours)
     return {
         "us": 1e6 * seconds,
-        "torch_us": None if torch_seconds is None else 1e6 * torch_seconds,
+        "torch_us": 1e6 * torch_seconds[0] if torch_seconds else None,
         "floor_us": 1e6 * floor_s,
         "over_floor": seconds / floor_s,
     }
