@@ -8,7 +8,7 @@ replayed in turn with it.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,17 +50,19 @@ def measure_product(name: str, num_rows: int, rates: Rates) -> dict[str, Any]:
     )
 
 
-def measure_decode_attention(batch: int, context: int, rates: Rates) -> Any:
+def measure_decode_attention(contexts: Sequence[int], rates: Rates) -> Any:
     from paceline.kernels.decode_attention_triton import decode_attention_triton
+    from paceline.kernels.decode_shares_triton import share_rows_triton
     from paceline.kernels.decode_tiles import DecodeWorkspace, choose_tiles, workspace_size
 
-    num_columns = -(-context // BLOCK_TOKENS)
-    token_bytes = 2 * 2 * NUM_KV_HEADS * HEAD_DIM
-    num_layers = max(2, NUM_ROTATED_BYTES // (batch * context * token_bytes))
+    batch, longest = len(contexts), max(contexts)
+    num_columns = -(-longest // BLOCK_TOKENS)
+    num_bytes = sum(contexts) * 2 * 2 * NUM_KV_HEADS * HEAD_DIM
+    num_layers = max(2, NUM_ROTATED_BYTES // num_bytes)
     kv = random_bf16(batch * num_columns, num_layers, NUM_KV_HEADS, 2, BLOCK_TOKENS, HEAD_DIM)
     order = torch.randperm(batch * num_columns, device="cuda", dtype=torch.int32)
     tables = order.view(batch, num_columns)
-    lengths = torch.full((batch,), context, device="cuda", dtype=torch.int32)
+    lengths = torch.tensor(contexts, device="cuda", dtype=torch.int32)
     q = random_bf16(batch, 1, NUM_HEADS, HEAD_DIM)
     out = torch.empty_like(q)
     tiles = choose_tiles(
@@ -69,7 +71,6 @@ def measure_decode_attention(batch: int, context: int, rates: Rates) -> Any:
         num_queries=NUM_HEADS // NUM_KV_HEADS,
         head_dim=HEAD_DIM,
         dtype=q.dtype,
-        max_context=context,
         num_sms=torch.cuda.get_device_properties(0).multi_processor_count,
     )
     size = workspace_size(
@@ -80,6 +81,7 @@ def measure_decode_attention(batch: int, context: int, rates: Rates) -> Any:
         tiles=tiles,
     )
     workspace = DecodeWorkspace.allocate(*size, device="cuda")
+    shares = share_rows_triton(lengths, tiles, max_length=longest)
 
     def call(layer: int) -> Callable[[], object]:
         return lambda: decode_attention_triton(
@@ -89,14 +91,20 @@ def measure_decode_attention(batch: int, context: int, rates: Rates) -> Any:
             tables,
             lengths,
             HEAD_DIM**-0.5,
-            max_context=context,
+            shares=shares,
             out=out,
             workspace=workspace,
             tiles=tiles,
         )
 
     calls = [call(layer) for layer in range(num_layers)]
-    return compared(calls, None, batch * context * token_bytes / rates.read_bytes_per_s)
+    return compared(calls, None, num_bytes / rates.read_bytes_per_s)
+
+
+def mixed_contexts(batch: int) -> list[int]:
+    """Lengths as different as those of a conversation trace: a thousand on average, up to 4,200."""
+    lengths = np.random.default_rng(0).lognormal(np.log(740), 0.9, batch)
+    return [int(length) for length in lengths.clip(16, 4200)]
 
 
 def measure_prefill_attention(num_tokens: int, rates: Rates) -> Any:
@@ -171,6 +179,9 @@ def main() -> None:
     torch.manual_seed(0)
     rates = measure_rates()
     points = [(1, 1024), (8, 1024), (64, 1024), (256, 1024), (1, 8192), (8, 8192), (64, 8192)]
+    contexts = {f"{batch} x {context}": [context] * batch for batch, context in points}
+    contexts |= {f"{batch} x mixed": mixed_contexts(batch) for batch in (16, 64, 128)}
+    contexts["64 x one of 8K"] = [500] * 63 + [8192]
     result = {
         "gpu": torch.cuda.get_device_name(),
         **rates._asdict(),
@@ -179,8 +190,7 @@ def main() -> None:
             for m in (1, 8, 16, 64)
         },
         "decode_attention": {
-            f"{batch} x {context}": measure_decode_attention(batch, context, rates)
-            for batch, context in points
+            name: measure_decode_attention(lengths, rates) for name, lengths in contexts.items()
         },
         "prefill_attention": {
             str(n): measure_prefill_attention(n, rates) for n in (1024, 2048, 8192, 32768)

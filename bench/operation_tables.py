@@ -35,7 +35,8 @@ def _decode_attention_table(points: Mapping[str, Any]) -> str:
     names = []
     for point in points:
         batch, context = point.split(" x ")
-        names.append(f"{batch} × {tokens_text(int(context))}")
+        text = tokens_text(int(context)) if context.isdigit() else context
+        names.append(f"{batch} × {text}")
     return table(
         ["decode attention, batch × context", *names],
         [

@@ -6,6 +6,7 @@ import torch
 import triton
 
 from paceline.kernels.decode_attention_kernel import attend_kernel
+from paceline.kernels.decode_shares_triton import DecodeShares, check_shares, share_rows_triton
 from paceline.kernels.decode_tiles import (
     DecodeTiles,
     DecodeWorkspace,
@@ -29,7 +30,7 @@ def decode_attention_triton(
     scale: float,
     *,
     window: int | None = None,
-    max_context: int | None = None,
+    shares: DecodeShares | None = None,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     tiles: DecodeTiles | None = None,
@@ -41,11 +42,11 @@ def decode_attention_triton(
     cover its length.
 
     q: [R, T, num_heads, head_dim] or, with rows one after another, [R * T, num_heads, head_dim];
-    only the last dimension must be contiguous. max_context: the longest that lengths are expected
-    to be; None takes what the tables can hold. workspace: None allocates one, which costs a fill
+    only the last dimension must be contiguous. shares: of these lengths, with the same tiles and
+    window; None has another kernel make them. workspace: None allocates one, which costs a fill
     kernel. launch_early: overlap with the end of the kernels ahead (programmatic dependent launch,
-    Hopper and later); none of them that was itself launched early may write `lengths`
-    or `tables`.
+    Hopper and later); none of them that was itself launched early may write `lengths`, `tables`
+    or `shares`.
     """
     num_rows = _check_rows(q, tables, lengths)
     _check_pool(q, kv, layer, window)
@@ -62,7 +63,7 @@ def decode_attention_triton(
         lengths,
         scale,
         window=window,
-        max_context=max_context,
+        shares=shares,
         out=out if out.dim() == 4 else out.view(num_rows, -1, num_heads, q.shape[-1]),
         workspace=workspace,
         tiles=tiles,
@@ -85,7 +86,7 @@ def rope_decode_attention_triton(
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
     window: int | None = None,
-    max_context: int | None = None,
+    shares: DecodeShares | None = None,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     tiles: DecodeTiles | None = None,
@@ -95,8 +96,8 @@ def rope_decode_attention_triton(
 
     qkv: [R, (num_heads + 2 num_kv_heads) * head_dim], the products of the tokens lengths - 1; read
     only. cos_sin: of `rope_cos_sin`. A row that is longer than cos_sin or than its table does
-    nothing, as one of length 0. No two rows may write to one block. The rest is as in
-    `decode_attention_triton`.
+    nothing, as one of length 0: `shares` must have been made with that `max_length`. No two rows
+    may write to one block. The rest is as in `decode_attention_triton`.
     """
     num_kv_heads, head_dim = kv.shape[2], kv.shape[5]
     num_rows, width = qkv.shape[0], (num_heads + 2 * num_kv_heads) * head_dim
@@ -125,7 +126,7 @@ def rope_decode_attention_triton(
             k_norm=k_norm,
             eps=eps,
             window=window,
-            max_context=max_context,
+            shares=shares,
             out=out.unsqueeze(1),
             workspace=workspace,
             tiles=tiles,
@@ -147,7 +148,7 @@ def _launch(
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
     window: int | None,
-    max_context: int | None,
+    shares: DecodeShares | None,
     out: torch.Tensor,
     workspace: DecodeWorkspace | None,
     tiles: DecodeTiles | None,
@@ -157,18 +158,24 @@ def _launch(
     num_rows, num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_tokens = kv.shape[2], kv.shape[4]
     num_queries = num_tokens * (num_heads // num_kv_heads)
-    capacity = tables.shape[1] * block_tokens
+    max_length = tables.shape[1] * block_tokens
+    if cos_sin is not None:
+        max_length = min(max_length, cos_sin.shape[0])
     if tiles is None:
-        context = max_context or capacity
         tiles = choose_tiles(
             num_rows,
             num_kv_heads=num_kv_heads,
             num_queries=num_queries,
             head_dim=head_dim,
             dtype=q.dtype,
-            max_context=context if window is None else min(context, window + num_tokens - 1),
             num_sms=_num_sms(q.device),
         )
+    if shares is None:
+        shares = share_rows_triton(
+            lengths, tiles, num_tokens=num_tokens, window=window, max_length=max_length
+        )
+    num_programs = tiles.num_programs(num_rows)
+    check_shares(shares, num_rows, num_programs, q.device)
     num_partials, num_counters = workspace_size(
         num_rows,
         num_kv_heads=num_kv_heads,
@@ -184,12 +191,13 @@ def _launch(
     block_d = max(16, triton.next_power_of_2(head_dim))
     # Without the option's name where it is off: the interpreter and old GPUs know none.
     options: dict[str, Any] = {"launch_pdl": True} if launch_early else {}
-    grid = (num_kv_heads * tiles.num_m_tiles(num_queries), num_rows, tiles.num_splits)
+    grid = (num_kv_heads * tiles.num_m_tiles(num_queries), num_programs)
     launch(attend_kernel, grid)(
         q,
         pool,
         tables,
         lengths,
+        *shares,
         out,
         workspace.partials,
         workspace.partials[num_values:],
@@ -198,7 +206,6 @@ def _launch(
         q_norm,
         k_norm,
         eps,
-        0 if cos_sin is None else min(cos_sin.shape[0], capacity),
         0 if cos_sin is None else cos_sin.stride(0),
         scale * LOG2_E,
         num_kv_heads,
@@ -211,15 +218,14 @@ def _launch(
         HEAD_DIM=head_dim,
         BLOCK_TOKENS=block_tokens,
         WINDOW=window,
-        SPLITS=tiles.num_splits,
-        MIN_TILES=tiles.min_tiles,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_D=block_d,
         WIDEN=q.is_cpu and q.dtype is torch.bfloat16,  # the interpreter's product has no bfloat16
         LAUNCH_EARLY=launch_early,
         # Launches of many programs hide each other's waits.
-        PREFETCH=launch_early and tiles.num_splits > 1,
+        PREFETCH=launch_early and grid[0] * grid[1] <= _num_sms(q.device),
+        ONE_ROW=tiles.one_row,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **_merge_sizes(tiles, num_queries, block_d),
@@ -228,10 +234,10 @@ def _launch(
 
 
 def _merge_sizes(tiles: DecodeTiles, num_queries: int, block_d: int) -> dict[str, int]:
-    """Return how many queries and splits a merge loads at once: 128 registers of each thread."""
-    merge_m = min(tiles.block_m, triton.next_power_of_2(num_queries))
-    step = 128 * 32 * tiles.num_warps // (merge_m * block_d)
-    return {"MERGE_M": merge_m, "MERGE_STEP": max(1, min(tiles.num_splits, step))}
+    """Return how many queries and parts a merge loads at once: 128 registers of each thread."""
+    kept = tiles.kept_queries(num_queries)
+    step = max(1, 128 * 32 * tiles.num_warps // (kept * block_d))
+    return {"KEPT": kept, "MERGE_STEP": min(triton.next_power_of_2(tiles.num_shares), step)}
 
 
 def _check_rows(q: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor) -> int:

@@ -7,7 +7,8 @@ tokens before the prefill kernel reads them.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from paceline.engine.model_config import ModelConfig
 from paceline.engine.rope import inverse_frequencies
 from paceline.errors import UnsupportedModelError
 from paceline.kernels.decode_attention_triton import MAX_HEAD_DIM, rope_decode_attention_triton
+from paceline.kernels.decode_shares_triton import DecodeShares, share_rows_triton
 from paceline.kernels.decode_tiles import DecodeTiles, DecodeWorkspace
 from paceline.kernels.decode_tiles import choose_tiles as choose_decode_tiles
 from paceline.kernels.decode_tiles import workspace_size as decode_workspace_size
@@ -58,8 +60,8 @@ class GpuBatch:
     """int32 [R + 1] first token of each row"""
     decode_lengths: torch.Tensor
     """int32 [D]: lengths of the rows that decode, all of which are among the first D; 0: others"""
-    decode_size: int
-    """Rows that decode tiles are chosen for"""
+    decode_shares: Mapping[int | None, DecodeShares]
+    """Of decode_lengths, by the layers' windows; see `KernelResources.share_rows`"""
     first_prompt: int
     """Tokens that lead the step and are of no prompt, at least"""
     prefill: TileTable | None
@@ -78,11 +80,11 @@ class KernelResources:
         kv: torch.Tensor,
         *,
         max_model_len: int,
-        decode_sizes: Sequence[tuple[int, int]],
+        decode_sizes: Sequence[int],
     ) -> None:
         """Raise UnsupportedModelError for a model that the kernels cannot compute.
 
-        kv: the pool's view. decode_sizes: pairs of D and decode_size that batches may have.
+        kv: the pool's view. decode_sizes: D that batches may have; the largest is the most.
         """
         if config.head_dim % 8 or config.head_dim > MAX_HEAD_DIM:
             raise UnsupportedModelError(
@@ -99,22 +101,39 @@ class KernelResources:
         self.launch_early = _launches_early(kv.device)
         frequencies = inverse_frequencies(config.rope, config.head_dim).to(kv.device)
         self.cos_sin = rope_cos_sin(max_model_len, frequencies, config.rope.attention_factor)
-        self.decode_workspace = self._allocate_decode_workspace(decode_sizes)
+        self._decode_sizes = sorted(set(decode_sizes))
+        self.decode_workspace = self._allocate_decode_workspace()
+        self._decode_shares = self._allocate_decode_shares()
         self.skinny_workspace = self._allocate_skinny_workspace()
 
-    def decode_tiles(self, num_rows: int, window: int | None) -> DecodeTiles:
-        """Return the tiles for a decode of so many rows."""
+    def decode_tiles(self, num_rows: int) -> DecodeTiles:
+        """Return the tiles for a decode of so many rows: of the next size, which start-up ran."""
         num_kv_heads = self.kv.shape[2]
-        limit = self._max_model_len if window is None else min(window, self._max_model_len)
         return choose_decode_tiles(
-            num_rows,
+            self._decode_sizes[bisect_left(self._decode_sizes, num_rows)],
             num_kv_heads=num_kv_heads,
             num_queries=self.num_heads // num_kv_heads,
             head_dim=self.config.head_dim,
             dtype=self.kv.dtype,
-            max_context=limit,
             num_sms=self._num_sms,
         )
+
+    def share_rows(self, decode_lengths: torch.Tensor) -> Mapping[int | None, DecodeShares]:
+        """Launch what cuts the contexts of a step's rows for attention; good until the next step's.
+
+        Ahead of the layers, so that a kernel that does not start early lies between.
+        """
+        num_rows = len(decode_lengths)
+        if num_rows:
+            for window, shares in self._decode_shares.items():
+                share_rows_triton(
+                    decode_lengths,
+                    self.decode_tiles(num_rows),
+                    window=window,
+                    max_length=self._max_model_len,
+                    shares=shares,
+                )
+        return self._decode_shares
 
     def skinny_tiles(self, num_rows: int, weight: torch.Size, gated: bool) -> SkinnyTiles:
         """Return the tiles for a product of few rows."""
@@ -128,24 +147,30 @@ class KernelResources:
             self._skinny_tiles[key] = tiles
         return tiles
 
-    def _allocate_decode_workspace(self, sizes: Sequence[tuple[int, int]]) -> DecodeWorkspace:
+    def _allocate_decode_workspace(self) -> DecodeWorkspace:
         num_kv_heads = self.kv.shape[2]
         needed = [
             decode_workspace_size(
-                num_rows,
+                size,
                 num_kv_heads=num_kv_heads,
                 num_queries=self.num_heads // num_kv_heads,
                 head_dim=self.config.head_dim,
-                tiles=self.decode_tiles(size, window),
+                tiles=self.decode_tiles(size),
             )
-            for num_rows, size in sizes
-            for window in set(self.config.windows)
+            for size in self._decode_sizes
         ]
         return DecodeWorkspace.allocate(
-            max((partials for partials, _ in needed), default=0),
-            max((counters for _, counters in needed), default=0),
+            max(partials for partials, _ in needed),
+            max(counters for _, counters in needed),
             self.kv.device,
         )
+
+    def _allocate_decode_shares(self) -> dict[int | None, DecodeShares]:
+        num_programs = max(self.decode_tiles(n).num_programs(n) for n in self._decode_sizes)
+        return {
+            window: DecodeShares.allocate(self._decode_sizes[-1], num_programs, self.kv.device)
+            for window in set(self.config.windows)
+        }
 
     def _allocate_skinny_workspace(self) -> SkinnyWorkspace:
         config, width = self.config, self.num_heads * self.config.head_dim
@@ -268,9 +293,10 @@ class GpuStepKernels:
             k_norm=k_norm,
             eps=self._eps,
             window=window,
+            shares=batch.decode_shares[window],
             out=output,
             workspace=resources.decode_workspace,
-            tiles=resources.decode_tiles(batch.decode_size, window),
+            tiles=resources.decode_tiles(len(batch.decode_lengths)),
             launch_early=resources.launch_early,
         )
 

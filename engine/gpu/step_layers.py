@@ -36,9 +36,6 @@ from paceline.engine.step_plan import StepPlan
 from paceline.kernels.prefill_tiles import PrefillTiles, TileTable, most_tiles
 from paceline.kernels.step_inputs_triton import resolve_rows_triton
 
-PROMPT_DECODE_SIZE = 4
-"""Decode rows that a padded step with prompts has tiles for: more only split less."""
-
 
 class SlotState(NamedTuple):
     """What sequences keep from step to step, on the device; int32."""
@@ -99,8 +96,7 @@ class StepLayers:
             num_heads,
             pool.kv,
             max_model_len=max_model_len,
-            decode_sizes=[(size, size) for size in sizes]
-            + [(shape.num_rows, PROMPT_DECODE_SIZE) for shape in shapes],
+            decode_sizes=[*sizes, *(shape.num_rows for shape in shapes)],
         )
 
     @property
@@ -191,7 +187,6 @@ class StepLayers:
             rows,
             tiles,
             num_decode_rows=num_decode_rows,
-            decode_size=size_for(sizes, num_decode_rows) or num_decode_rows,
             first_prompt=num_decode_rows,
         )
 
@@ -201,7 +196,7 @@ class StepLayers:
         return lambda: self._run_decodes(size)
 
     def _run_decodes(self, size: int) -> Computed:
-        return self._run(_decode_shape(size), None, num_decode_rows=size, decode_size=size)
+        return self._run(_decode_shape(size), None, num_decode_rows=size)
 
     def _prompts_of(self, shape: PromptShape) -> Callable[[], Computed]:
         """Return the launch of a step with prompts, from what is packed by then."""
@@ -215,7 +210,6 @@ class StepLayers:
             rows,
             tiles,
             num_decode_rows=shape.num_rows,
-            decode_size=PROMPT_DECODE_SIZE,
             first_prompt=0,
         )
 
@@ -231,7 +225,6 @@ class StepLayers:
         tiles: PrefillTiles | None,
         *,
         num_decode_rows: int,
-        decode_size: int,
         first_prompt: int | None = None,
     ) -> Computed:
         """Launch the layers of what is packed in that shape; see `GpuBatch`.
@@ -251,6 +244,8 @@ class StepLayers:
             row_tables,
             token_ids,
         )
+        assert self._resources is not None  # a closed runner launches nothing
+        decode_lengths = arrays.decode_lengths[:num_decode_rows]
         batch = GpuBatch(
             token_ids=token_ids,
             positions=arrays.positions,
@@ -258,13 +253,12 @@ class StepLayers:
             row_tables=row_tables,
             lengths=arrays.lengths,
             offsets=arrays.offsets,
-            decode_lengths=arrays.decode_lengths[:num_decode_rows],
-            decode_size=decode_size,
+            decode_lengths=decode_lengths,
+            decode_shares=self._resources.share_rows(decode_lengths),
             first_prompt=first_prompt or 0,
             prefill=None if tiles is None else TileTable(tiles, arrays.tiles.view(-1, 2)),
             sample_positions=None if first_prompt is None else arrays.sample_positions,
         )
-        assert self._resources is not None  # a closed runner launches nothing
         logits = self._model.forward(GpuStepKernels(self._resources, batch))
         return Computed(logits, arrays.sample_slots, arrays.sample_indices)
 

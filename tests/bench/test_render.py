@@ -34,7 +34,10 @@ KERNELS = {
                 "down": {"us": 32.0, "torch_us": 33.0, "floor_us": 27.0},
             }
         },
-        "decode_attention": {"64 x 8192": {"us": 487.0, "over_floor": 1.0}},
+        "decode_attention": {
+            "64 x 8192": {"us": 487.0, "over_floor": 1.0},
+            "16 x mixed": {"us": 33.0, "over_floor": 1.8},
+        },
         "prefill_attention": {"8192": {"us": 1250.0, "torch_us": 1000.0, "tflop_per_s": 445.0}},
         "small": {
             "silu_mul 1": {"us": 1.4, "torch_us": 3.0},

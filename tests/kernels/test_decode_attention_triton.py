@@ -1,8 +1,11 @@
 """The Triton decode attention equals plain attention of each row by itself."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from decode_cut import aligned_tiles, even_tiles, one_row_tiles
 from paged_context import LAYER, Paged, make_paged, plain_attention
 from triton_device import device, poisoned
 
@@ -83,7 +86,7 @@ class Case:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "block_tokens", "tokens", "dtype", "num_splits"),
+    ("heads", "kv_heads", "head_dim", "block_tokens", "tokens", "dtype", "num_shares"),
     [
         (9, 3, 64, 16, 1, torch.float32, 1),
         (2, 2, 64, 32, 3, torch.float32, 4),
@@ -105,7 +108,7 @@ def test_equals_plain_attention(
     block_tokens: int,
     tokens: int,
     dtype: torch.dtype,
-    num_splits: int,
+    num_shares: int,
 ) -> None:
     case = Case(
         [100, 0, 5, 33],
@@ -117,28 +120,32 @@ def test_equals_plain_attention(
         dtype=dtype,
     )
     block_m = 64 if heads // kv_heads * tokens > 32 else 32
-    case.check(case.run(tiles=DecodeTiles(block_m, 32, num_splits)))
+    case.check(case.run(tiles=even_tiles(block_m, 32, num_shares)))
 
 
 @pytest.mark.parametrize(
-    ("window", "num_splits"), [(1, 4), (2, 1), (20, 1), (20, 4), (64, 8), (1000, 2)]
+    ("window", "num_shares"), [(1, 4), (2, 1), (20, 1), (20, 4), (64, 8), (1000, 2)]
 )
-def test_window_hides_what_lies_before_it(window: int, num_splits: int) -> None:
+def test_window_hides_what_lies_before_it(window: int, num_shares: int) -> None:
     case = Case([120, 16, 65], heads=2, kv_heads=1, tokens=3)
-    case.check(case.run(window=window, tiles=DecodeTiles(16, 16, num_splits)), window)
+    case.check(case.run(window=window, tiles=even_tiles(16, 16, num_shares)), window)
 
 
 @pytest.mark.parametrize(
-    ("num_splits", "block_n", "min_tiles"),
-    [(1, 64, 1), (2, 64, 1), (2, 32, 4), (4, 16, 2), (8, 16, 1), (32, 32, 1)],
+    ("num_shares", "block_n"), [(1, 64), (2, 64), (3, 32), (5, 16), (8, 16), (13, 16), (32, 32)]
 )
-def test_any_number_of_splits_gives_the_same(num_splits: int, block_n: int, min_tiles: int) -> None:
-    case = Case([150, 1, 17], heads=2, kv_heads=1, tokens=2)
-    tiles = DecodeTiles(16, block_n, num_splits, min_tiles)
+@pytest.mark.parametrize("make_tiles", [even_tiles, aligned_tiles, one_row_tiles])
+def test_any_number_of_shares_gives_the_same(
+    num_shares: int, block_n: int, make_tiles: Callable[[int, int, int], DecodeTiles]
+) -> None:
+    """Also more than there are tiles, rows within one share, and rows that end with a share."""
+    case = Case([150, 1, 17, 0, 96], heads=2, kv_heads=1, tokens=2)
+    tiles = make_tiles(16, block_n, num_shares)
     workspace = case.workspace(tiles, spare=5)
     first = case.run(tiles=tiles, workspace=workspace)
     case.check(first)
-    assert torch.equal(case.run(tiles=tiles, workspace=workspace), first)
+    again = case.run(tiles=tiles, workspace=workspace)
+    torch.testing.assert_close(again, first, rtol=0, atol=0, equal_nan=True)
     assert workspace.partials[-5:].isnan().all()
     assert not workspace.counters.any()
 
@@ -151,34 +158,33 @@ def test_equals_the_reference_with_tiles_chosen_from_the_shape() -> None:
     torch.testing.assert_close(output, expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("num_splits", [1, 4])
-def test_rows_of_length_zero_are_neither_read_nor_written(num_splits: int) -> None:
+@pytest.mark.parametrize("num_shares", [1, 4])
+def test_rows_of_length_zero_are_neither_read_nor_written(num_shares: int) -> None:
     case = Case([40, 0, 0], tokens=2)
     case.tables[1:] = 2**30  # any use of these would leave the pool
-    tiles = DecodeTiles(16, 16, num_splits)
+    tiles = even_tiles(16, 16, num_shares)
     workspace = case.workspace(tiles)
     output = case.run(tiles=tiles, workspace=workspace)
     case.check(output)
     assert output[1:].isnan().all()
-    if num_splits > 1:
-        partials = workspace.partials[: 3 * 8 * num_splits * 64].view(3, -1)
-        assert partials[1:].isnan().all()
-        assert not partials[0].isnan().all()
 
 
-def test_a_row_of_one_split_among_rows_of_several_needs_no_workspace() -> None:
-    case = Case([16, 40], tokens=2)
-    tiles = DecodeTiles(16, 16, 4)
+def test_a_row_within_one_share_needs_no_workspace() -> None:
+    """A share begins with the first row and ends within the second."""
+    case = Case([16, 80], tokens=2)
+    tiles = even_tiles(16, 16, 2)  # 3 tiles each
     workspace = case.workspace(tiles)
     case.check(case.run(tiles=tiles, workspace=workspace))
-    partials = workspace.partials[: 2 * 8 * 4 * 64].view(2, -1)
-    assert partials[0].isnan().all()
-    assert not partials[1].isnan().all()
+    kept = workspace.partials[: 2 * 2 * 2 * 4 * 64].view(2, 2, 2, 4, 64)  # head, share, part
+    assert kept[:, 0, 0].isnan().all()
+    assert not kept[:, 0, 1].isnan().any()
+    assert not kept[:, 1, 0].isnan().any()
+    assert kept[:, 1, 1].isnan().all()
 
 
-def test_many_splits_of_many_queries_are_merged_in_steps() -> None:
+def test_many_parts_of_many_queries_are_merged_in_steps() -> None:
     case = Case([500, 30], heads=16, kv_heads=1, head_dim=128, tokens=2)
-    tiles = DecodeTiles(32, 16, 32)
+    tiles = even_tiles(32, 16, 32)
     workspace = case.workspace(tiles)
     case.check(case.run(tiles=tiles, workspace=workspace))
     assert not workspace.counters.any()
@@ -186,8 +192,8 @@ def test_many_splits_of_many_queries_are_merged_in_steps() -> None:
 
 def test_queries_before_the_start_of_a_sequence_give_zero() -> None:
     case = Case([2, 40], tokens=4)
-    for num_splits in (1, 4):
-        output = case.run(tiles=DecodeTiles(16, 16, num_splits))
+    for num_shares in (1, 4):
+        output = case.run(tiles=even_tiles(16, 16, num_shares))
         assert (output[0, :2] == 0).all()
         case.check(output)
 
@@ -202,7 +208,7 @@ def test_strides_of_pool_queries_and_tables_are_followed() -> None:
     tables = torch.full((2, 9), 2**30, dtype=torch.int32, device=device())
     tables[:, : case.tables.shape[1]] = case.tables
     out = poisoned((4, 6, 64), torch.float32)
-    for tiles in (DecodeTiles(16, 16, 1), DecodeTiles(16, 16, 4)):
+    for tiles in (even_tiles(16, 16, 1), even_tiles(16, 16, 4)):
         result = case.run(
             q=wide[:, :4], kv=layer_major, tables=tables, out=out[:, 1:5], tiles=tiles
         )
@@ -226,7 +232,7 @@ def test_blocks_beyond_two_to_the_31_elements_are_found() -> None:
 
 def test_lengths_and_tables_are_read_at_the_launch_not_at_the_plan() -> None:
     case = Case([130, 20])
-    tiles = DecodeTiles(16, 16, 8)
+    tiles = even_tiles(16, 16, 8)
     workspace = case.workspace(tiles)
     case.run(tiles=tiles, workspace=workspace)
     case.lengths.copy_(torch.tensor([50, 20]))
@@ -241,7 +247,7 @@ def test_a_captured_launch_follows_lengths_and_tables() -> None:
     case = Case([130, 20, 300], tokens=2, dtype=torch.bfloat16)
     lengths, tables = torch.zeros_like(case.lengths), torch.zeros_like(case.tables)
     out = poisoned(tuple(case.q.shape), case.q.dtype)
-    tiles = DecodeTiles(16, 32, 8)
+    tiles = even_tiles(16, 32, 8)
     workspace = case.workspace(tiles)
     arguments = {
         "lengths": lengths,
@@ -267,7 +273,7 @@ def test_a_captured_launch_follows_lengths_and_tables() -> None:
 def test_early_launch_changes_nothing() -> None:
     case = Case([130, 20, 300], tokens=2, dtype=torch.bfloat16)
     for _ in range(20):
-        case.check(case.run(tiles=DecodeTiles(16, 32, 8), launch_early=True))
+        case.check(case.run(tiles=even_tiles(16, 32, 8), launch_early=True))
 
 
 @pytest.mark.parametrize(
@@ -285,10 +291,10 @@ def test_a_mistake_is_noticed(mistake: str) -> None:
         mistake == "later"
     ):  # the queries moved by one among each other: each sees one token too many or too few
         case.q = case.q.roll(1, dims=1)
-    tiles = DecodeTiles(16, 32, 2)
+    tiles = even_tiles(16, 32, 3)
     workspace = case.workspace(tiles)
     if mistake == "counter not zero":
-        workspace.counters.fill_(2)  # no split finds that it is the last
+        workspace.counters.fill_(2)  # no part finds that it is the last
     output = case.run(tiles=tiles, workspace=workspace)
     if mistake == "later":
         output, case.q = output.roll(-1, dims=1), case.q.roll(-1, dims=1)
@@ -324,7 +330,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -
 
 def test_a_workspace_that_does_not_fit_is_refused() -> None:
     case = Case([20, 20])
-    tiles = DecodeTiles(16, 16, 4)
+    tiles = even_tiles(16, 16, 4)
     partials, counters = case.workspace(tiles)
     for wrong, message in (
         (DecodeWorkspace(partials[1:], counters), "partials must be .* or longer"),
@@ -336,10 +342,10 @@ def test_a_workspace_that_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter runs splits in order")
-def test_whichever_split_ends_last_the_bits_are_the_same() -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter runs shares in order")
+def test_whichever_share_ends_last_the_bits_are_the_same() -> None:
     case = Case([700, 20, 300, 0, 90], heads=8, kv_heads=2, dtype=torch.bfloat16)
-    tiles = DecodeTiles(16, 16, 32)
+    tiles = even_tiles(16, 16, 32)
     workspace = case.workspace(tiles)
     first = case.run(tiles=tiles, workspace=workspace)
     case.check(first)

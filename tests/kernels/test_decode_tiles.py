@@ -6,31 +6,36 @@ import torch
 from paceline.kernels.decode_tiles import DecodeTiles, choose_tiles, workspace_size
 
 
-def _tiles(num_rows: int, max_context: int, dtype: torch.dtype = torch.bfloat16) -> DecodeTiles:
+def _tiles(num_rows: int, num_kv_heads: int = 8) -> DecodeTiles:
     return choose_tiles(
         num_rows,
-        num_kv_heads=8,
+        num_kv_heads=num_kv_heads,
         num_queries=4,
         head_dim=128,
-        dtype=dtype,
-        max_context=max_context,
+        dtype=torch.bfloat16,
         num_sms=132,
     )
 
 
-def test_few_rows_are_split_until_the_device_is_full_and_many_are_not() -> None:
-    assert _tiles(1, 8192).num_splits == 16
-    assert _tiles(8, 8192).num_splits == 2
-    assert _tiles(256, 8192).num_splits == 1
-    for num_rows in range(1, 70):
-        tiles = _tiles(num_rows, 1 << 17)
-        assert tiles.num_splits == 1 or tiles.num_splits * num_rows * 8 <= 132
+def test_shares_fill_the_device_and_no_more() -> None:
+    for num_rows in (2, 5, 8):
+        assert _tiles(num_rows).num_shares == 132 // 8
+    for num_rows in (9, 64, 256):
+        assert _tiles(num_rows).num_shares == 4 * 132 // 8
 
 
-def test_a_split_has_a_tile_of_context_at_least() -> None:
-    for context in (1, 16, 100, 1000, 1024):
-        tiles = _tiles(1, context)
-        assert tiles.num_splits == 1 or (tiles.num_splits // 2) * tiles.block_n < context
+def test_few_rows_are_not_cut_into_more_parts_than_are_merged_quickly() -> None:
+    assert _tiles(1, num_kv_heads=1).num_shares == 16
+    assert _tiles(3, num_kv_heads=1).num_shares == 48
+
+
+def test_more_heads_than_programs_take_a_share_each() -> None:
+    assert _tiles(64, num_kv_heads=1000).num_shares == 1
+
+
+def test_there_is_a_program_for_each_row() -> None:
+    assert _tiles(64).num_programs(64) == 66
+    assert _tiles(72).num_programs(72) == 72
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
@@ -45,7 +50,6 @@ def test_chosen_tiles_are_valid_for_every_shape(
         num_queries=num_queries,
         head_dim=head_dim,
         dtype=dtype,
-        max_context=4096,
         num_sms=132,
     )
     assert tiles.block_m == min(
@@ -55,17 +59,19 @@ def test_chosen_tiles_are_valid_for_every_shape(
     assert 2 * tiles.block_n * head_dim * dtype.itemsize <= 64 * 1024
 
 
-def test_the_workspace_holds_every_split_and_a_counter_for_each_tile_of_queries() -> None:
+def test_the_workspace_holds_two_parts_of_each_program_and_counters_of_each_row() -> None:
     tiles = DecodeTiles(16, 32, 8)
     sizes = workspace_size(3, num_kv_heads=2, num_queries=40, head_dim=64, tiles=tiles)
-    assert sizes == (3 * 2 * 8 * 40 * 65, 3 * 2 * 3)
-    unsplit = DecodeTiles(16, 32, 1)
-    assert workspace_size(3, num_kv_heads=2, num_queries=4, head_dim=64, tiles=unsplit) == (0, 0)
+    assert sizes == (2 * 3 * 8 * 2 * 16 * 65, 3 * 2 * 3)
+    few = workspace_size(3, num_kv_heads=2, num_queries=3, head_dim=64, tiles=tiles)
+    assert few == (2 * 8 * 2 * 4 * 65, 3 * 2)
+    many = workspace_size(30, num_kv_heads=2, num_queries=3, head_dim=64, tiles=tiles)
+    assert many == (2 * 30 * 2 * 4 * 65, 30 * 2)
+    whole = DecodeTiles(16, 32, 1)
+    assert workspace_size(3, num_kv_heads=2, num_queries=4, head_dim=64, tiles=whole) == (0, 0)
 
 
-@pytest.mark.parametrize(
-    "arguments", [(8, 16, 1), (16, 24, 1), (16, 16, 3), (16, 16, 256), (16, 16, 2, 0)]
-)
+@pytest.mark.parametrize("arguments", [(8, 16, 1), (16, 24, 1), (16, 8, 3), (16, 16, 0)])
 def test_tiles_that_cannot_work_are_refused(arguments: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must be"):
         DecodeTiles(*arguments)

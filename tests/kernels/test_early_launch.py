@@ -7,10 +7,12 @@ import dataclasses
 
 import pytest
 import torch
+from decode_cut import even_tiles
 from triton_device import device
 
 from paceline.kernels.decode_attention_triton import rope_decode_attention_triton
-from paceline.kernels.decode_tiles import DecodeTiles, DecodeWorkspace
+from paceline.kernels.decode_shares_triton import share_rows_triton
+from paceline.kernels.decode_tiles import DecodeWorkspace
 from paceline.kernels.rms_norm_triton import rms_norm_triton
 from paceline.kernels.rope_kv_write_triton import rope_cos_sin
 from paceline.kernels.skinny_matmul_triton import skinny_matmul_triton
@@ -69,7 +71,7 @@ class Chain:
         self.kv[blocks, :, :, :, places % BLOCK_TOKENS] = float("nan")
 
     def run(
-        self, x: torch.Tensor, early: bool, prefetch: int = 0, num_splits: int = 8
+        self, x: torch.Tensor, early: bool, prefetch: int = 0, num_shares: int = 8
     ) -> torch.Tensor:
         def product(
             x: torch.Tensor,
@@ -77,11 +79,13 @@ class Chain:
             residual: torch.Tensor | None = None,
             gated: bool = False,
         ) -> torch.Tensor:
-            tiles = SkinnyTiles(
+            product_tiles = SkinnyTiles(
                 max(16, self.num_rows), 64, 64, 1 if gated else 2, num_stages=3, weight_first=True
             )
             if early:
-                tiles = dataclasses.replace(tiles, launch_early=True, prefetch=prefetch)
+                product_tiles = dataclasses.replace(
+                    product_tiles, launch_early=True, prefetch=prefetch
+                )
             return skinny_matmul_triton(
                 x,
                 weight,
@@ -89,10 +93,12 @@ class Chain:
                 residual=residual,
                 out=residual,
                 workspace=self.workspace,
-                tiles=tiles,
+                tiles=product_tiles,
             )
 
-        stream = x.clone()
+        tiles = even_tiles(16, 32, num_shares)
+        shares = share_rows_triton(self.lengths, tiles, max_length=CONTEXT)
+        stream = x.clone()  # not launched early: the shares are there before any attention
         for layer in range(NUM_LAYERS):
             x = rms_norm_triton(stream, self.norm, 1e-5, launch_early=early)
             qkv = product(x, self.qkv[layer])
@@ -105,7 +111,8 @@ class Chain:
                 self.lengths,
                 HEAD_DIM**-0.5,
                 num_heads=HEADS,
-                tiles=DecodeTiles(16, 32, num_splits),
+                shares=shares,
+                tiles=tiles,
                 workspace=self.attention_workspace,
                 launch_early=early,
             ).view(self.num_rows, -1)
@@ -116,24 +123,24 @@ class Chain:
         return stream
 
 
-@pytest.mark.parametrize("num_splits", [1, 8])
+@pytest.mark.parametrize("num_shares", [1, 8])
 @pytest.mark.parametrize("prefetch", [0, 64, 256])
 @pytest.mark.parametrize("num_rows", [1, 16, 64])
 def test_a_captured_chain_gives_the_same_bits_whatever_overlaps(
-    num_rows: int, prefetch: int, num_splits: int
+    num_rows: int, prefetch: int, num_shares: int
 ) -> None:
     chain = Chain(num_rows)
     static = torch.zeros((num_rows, HIDDEN), device="cuda", dtype=torch.bfloat16)
-    chain.run(static, True, prefetch, num_splits)
+    chain.run(static, True, prefetch, num_shares)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = chain.run(static, True, prefetch, num_splits)
+        out = chain.run(static, True, prefetch, num_shares)
     for seed in range(20):
         torch.manual_seed(seed)
         x = torch.randn((num_rows, HIDDEN), device="cuda", dtype=torch.bfloat16)
         chain.begin(seed)
-        expected, expected_kv = chain.run(x, False, num_splits=num_splits), chain.kv.clone()
+        expected, expected_kv = chain.run(x, False, num_shares=num_shares), chain.kv.clone()
         chain.begin(seed)
         static.copy_(x)
         out.fill_(float("nan"))

