@@ -33,6 +33,7 @@ it reads its part.
 import triton
 import triton.language as tl
 
+from paceline.kernels.decode_parts_kernel import merge_parts, put_part
 from paceline.kernels.decode_shares_triton import RECORD
 from paceline.kernels.prefetch_triton import prefetch_l2
 
@@ -124,82 +125,6 @@ def _swap(dim, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _put_part(  # type: ignore[no-untyped-def]
-    values,
-    log_sum,
-    query,
-    place,
-    num_parts,
-    partials_ptr,
-    log_sums_ptr,
-    counter_ptr,
-    HEAD_DIM: tl.constexpr,
-    KEPT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Write the results of a part of a row; return whether every other part's can be read."""
-    dim = tl.arange(0, BLOCK_D)
-    kept = place * KEPT + query
-    wanted = (query < KEPT)[:, None] & (dim < HEAD_DIM)[None, :]
-    tl.store(partials_ptr + kept[:, None] * HEAD_DIM + dim[None, :], values, mask=wanted)
-    tl.store(log_sums_ptr + kept, log_sum, mask=query < KEPT)
-    # All threads have stored before one of them tells the other shares.
-    tl.debug_barrier()
-    is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_parts - 1
-    if is_last:
-        tl.debug_barrier()
-        tl.store(counter_ptr, 0)
-    return is_last
-
-
-@triton.jit
-def _merge(  # type: ignore[no-untyped-def]
-    partials_ptr,
-    log_sums_ptr,
-    first_place,
-    second_place,
-    num_parts,
-    HEAD_DIM: tl.constexpr,
-    KEPT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Return the output of the kept queries, from what the row's parts wrote, STEP at a time.
-
-    All parts but the first are what their share begins with: two places apart.
-    """
-    dim = tl.arange(0, BLOCK_D)
-    query = tl.arange(0, KEPT)
-    top = tl.full([KEPT], float("-inf"), tl.float32)
-    total = tl.zeros([KEPT], tl.float32)
-    values = tl.zeros([KEPT, BLOCK_D], tl.float32)
-    for start in range(0, num_parts, STEP):
-        # Parts in the middle: Triton 3.6 gives warps the first dimension, so that each adds alone.
-        part = start + tl.arange(0, STEP)
-        place = tl.where(part == 0, first_place, second_place + 2 * (part - 1))
-        used = (part < num_parts)[None, :] & (query >= 0)[:, None]
-        kept = query[:, None] + place[None, :] * KEPT
-        # .cg: other multiprocessors wrote these, and the L1 cache would not know.
-        log_sums = tl.load(
-            log_sums_ptr + kept, mask=used, other=float("-inf"), cache_modifier=".cg"
-        )
-        parts = tl.load(
-            partials_ptr + kept[:, :, None] * HEAD_DIM + dim[None, None, :],
-            mask=used[:, :, None] & (dim < HEAD_DIM)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_top = tl.maximum(top, tl.max(log_sums, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(log_sums - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(weights, 1)
-        values = values * shrink[:, None] + tl.sum(weights[:, :, None] * parts, 1)
-        top = new_top
-    return values / tl.where(total == 0.0, 1.0, total)[:, None]
-
-
-@triton.jit
 def _attend_part(  # type: ignore[no-untyped-def]
     row,
     begin,
@@ -219,19 +144,10 @@ def _attend_part(  # type: ignore[no-untyped-def]
     q_norm_ptr,
     k_norm_ptr,
     eps,
-    cos_sin_row,
     scale_log2,
+    query_strides,
+    context_strides,
     num_kv_heads,
-    q_row,
-    q_token,
-    q_head,
-    out_row,
-    out_token,
-    out_head,
-    kv_block,
-    kv_plane,
-    kv_token,
-    table_row,
     TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -245,6 +161,8 @@ def _attend_part(  # type: ignore[no-untyped-def]
     WIDEN: tl.constexpr,
 ):
     """Attend to a part of a row, tokens [begin, end); merge all parts if the others have ended."""
+    q_row, q_token, q_head, out_row, out_token, out_head = query_strides
+    kv_block, kv_plane, kv_token, table_row, cos_sin_row = context_strides
     QUERIES: tl.constexpr = TOKENS * GROUP
     M_TILES: tl.constexpr = (QUERIES + BLOCK_M - 1) // BLOCK_M
     kv_head = tl.program_id(0) // M_TILES
@@ -331,7 +249,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
         head_place = tl.program_id(0) * (2 * tl.num_programs(1))
         place = head_place + own_place
         log_sum = tl.where(total == 0.0, float("-inf"), top + tl.log2(sums))
-        is_last = _put_part(
+        is_last = put_part(
             values,
             log_sum,
             kept_query,
@@ -345,7 +263,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
             BLOCK_D,
         )
         if is_last:
-            merged = _merge(
+            merged = merge_parts(
                 partials_ptr,
                 log_sums_ptr,
                 head_place + place_of_first,
@@ -451,6 +369,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         # before it.
         tl.extra.cuda.gdc_wait()
 
+    query_strides = (q_row, q_token, q_head, out_row, out_token, out_head)
+    context_strides = (kv_block, kv_plane, kv_token, table_row, cos_sin_row)
     # Each share has two places for results: one for the row that it begins with, one for its last.
     if last_row <= row:  # not a loop of one turn, which is slower
         place_of_first = tl.load(row_parts_ptr + 2 * row, cache_modifier=".cg")
@@ -477,19 +397,10 @@ def attend_kernel(  # type: ignore[no-untyped-def]
                 q_norm_ptr,
                 k_norm_ptr,
                 eps,
-                cos_sin_row,
                 scale_log2,
+                query_strides,
+                context_strides,
                 num_kv_heads,
-                q_row,
-                q_token,
-                q_head,
-                out_row,
-                out_token,
-                out_head,
-                kv_block,
-                kv_plane,
-                kv_token,
-                table_row,
                 TOKENS,
                 GROUP,
                 HEAD_DIM,
@@ -540,19 +451,10 @@ def attend_kernel(  # type: ignore[no-untyped-def]
                     q_norm_ptr,
                     k_norm_ptr,
                     eps,
-                    cos_sin_row,
                     scale_log2,
+                    query_strides,
+                    context_strides,
                     num_kv_heads,
-                    q_row,
-                    q_token,
-                    q_head,
-                    out_row,
-                    out_token,
-                    out_head,
-                    kv_block,
-                    kv_plane,
-                    kv_token,
-                    table_row,
                     TOKENS,
                     GROUP,
                     HEAD_DIM,
