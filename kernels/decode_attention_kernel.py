@@ -246,7 +246,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
         out_ptrs = out_ptr + out_offsets[:, None] + dim[None, :]
         tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=wanted)
     else:
-        head_place = tl.program_id(0) * (2 * tl.num_programs(1))
+        head_place = tl.program_id(0).to(tl.int64) * (2 * tl.num_programs(1))
         place = head_place + own_place
         log_sum = tl.where(total == 0.0, float("-inf"), top + tl.log2(sums))
         is_last = put_part(

@@ -43,10 +43,10 @@ def decode_attention_triton(
 
     q: [R, T, num_heads, head_dim] or, with rows one after another, [R * T, num_heads, head_dim];
     only the last dimension must be contiguous. shares: of these lengths, with the same tiles and
-    window; None has another kernel make them. workspace: None allocates one, which costs a fill
-    kernel. launch_early: overlap with the end of the kernels ahead (programmatic dependent launch,
-    Hopper and later); none of them that was itself launched early may write `lengths`, `tables`
-    or `shares`.
+    window; None has another kernel make them, and this one wait for it. workspace: None allocates
+    one, which costs a fill kernel. launch_early: overlap with the end of the kernels ahead
+    (programmatic dependent launch, Hopper and later); neither the one directly ahead nor one that
+    was itself launched early may write `lengths`, `tables` or `shares`.
     """
     num_rows = _check_rows(q, tables, lengths)
     _check_pool(q, kv, layer, window)
@@ -171,6 +171,7 @@ def _launch(
             num_sms=_num_sms(q.device),
         )
     if shares is None:
+        launch_early = False  # it would begin to read them before they are there
         shares = share_rows_triton(
             lengths, tiles, num_tokens=num_tokens, window=window, max_length=max_length
         )

@@ -31,8 +31,6 @@ RECORD_WORDS = 8
 RECORD: tl.constexpr = tl.constexpr(RECORD_WORDS)
 _WIDTH = 256
 """Rows taken at a time"""
-_NEVER = 1 << 20
-"""Tiles that beginning a second row takes, where no share may do so"""
 _MOST_PARTS = 16
 """Of a row in aligned shares: they are merged one after another"""
 
@@ -82,7 +80,13 @@ def _read_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _parts_of_aligned_rows(  # type: ignore[no-untyped-def]
-    total, longest, num_filled, SHARES: tl.constexpr, START_TILES: tl.constexpr, MOST: tl.constexpr
+    total,
+    longest,
+    num_filled,
+    SHARES: tl.constexpr,
+    START_TILES: tl.constexpr,
+    MOST: tl.constexpr,
+    ONE_ROW: tl.constexpr,
 ):
     """Return the parts of each row, if aligned shares end no later than even ones, else 0.
 
@@ -97,7 +101,9 @@ def _parts_of_aligned_rows(  # type: ignore[no-untyped-def]
     turns = 10 * num_before + tl.maximum(10 * num_last // SHARES, 8)
     aligned = longest.to(tl.int64) * turns
     even = parts.to(tl.int64) * 10 * (total // SHARES + START_TILES)
-    return tl.where(aligned <= even, parts, 0)
+    if not ONE_ROW:
+        parts = tl.where(aligned <= even, parts, 0)
+    return parts
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_programs", "max_length"])
@@ -115,6 +121,7 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     SHARES: tl.constexpr,
     START_TILES: tl.constexpr,
     MOST_PARTS: tl.constexpr,
+    ONE_ROW: tl.constexpr,
     PLACES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -129,7 +136,9 @@ def _share_kernel(  # type: ignore[no-untyped-def]
         total += tl.sum(num_tiles, 0)
         longest = tl.maximum(longest, tl.max(num_tiles, 0))
         num_filled += tl.sum((num_tiles > 0).to(tl.int32), 0)
-    parts = _parts_of_aligned_rows(total, longest, num_filled, SHARES, START_TILES, MOST_PARTS)
+    parts = _parts_of_aligned_rows(
+        total, longest, num_filled, SHARES, START_TILES, MOST_PARTS, ONE_ROW
+    )
     num_even = tl.minimum(total, SHARES)
     divisor = tl.maximum(total, 1).to(tl.int64)
     whole = total // tl.maximum(num_even, 1)
@@ -223,7 +232,8 @@ def share_rows_triton(
         WINDOW=window,
         BLOCK_N=tiles.block_n,
         SHARES=tiles.num_shares,
-        START_TILES=_NEVER if tiles.one_row else tiles.start_tiles,
+        START_TILES=tiles.start_tiles,
+        ONE_ROW=tiles.one_row,
         MOST_PARTS=_MOST_PARTS,
         PLACES=triton.next_power_of_2(num_programs),
         WIDTH=_WIDTH,

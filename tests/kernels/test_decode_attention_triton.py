@@ -9,8 +9,10 @@ from decode_cut import aligned_tiles, even_tiles, one_row_tiles
 from paged_context import LAYER, Paged, make_paged, plain_attention
 from triton_device import device, poisoned
 
+from paceline.kernels import decode_attention_triton as decode_attention_module
 from paceline.kernels.decode_attention import decode_attention, plan_spans
 from paceline.kernels.decode_attention_triton import decode_attention_triton
+from paceline.kernels.decode_shares_triton import share_rows_triton
 from paceline.kernels.decode_tiles import DecodeTiles, DecodeWorkspace, workspace_size
 
 SCALE = 0.2
@@ -272,8 +274,27 @@ def test_a_captured_launch_follows_lengths_and_tables() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="programmatic launch needs CUDA")
 def test_early_launch_changes_nothing() -> None:
     case = Case([130, 20, 300], tokens=2, dtype=torch.bfloat16)
+    tiles = even_tiles(16, 32, 8)
+    shares = share_rows_triton(case.lengths, tiles, num_tokens=2, max_length=400)
     for _ in range(20):
-        case.check(case.run(tiles=even_tiles(16, 32, 8), launch_early=True))
+        case.check(case.run(shares=shares, tiles=tiles, launch_early=True))
+
+
+@pytest.mark.parametrize("has_shares", [False, True])
+def test_a_launch_right_behind_its_shares_is_not_early(
+    has_shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads them before it waits for the kernel ahead."""
+    case, tiles = Case([40, 20]), even_tiles(16, 16, 4)
+    shares = share_rows_triton(case.lengths, tiles, max_length=48) if has_shares else None
+    launched: list[bool] = []
+    monkeypatch.setattr(
+        decode_attention_module,
+        "launch",
+        lambda *_: lambda *_, **options: launched.append(options["LAUNCH_EARLY"]),
+    )
+    case.run(shares=shares, tiles=tiles, launch_early=True)
+    assert launched == [has_shares]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from decode_cut import NEVER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_device import device
@@ -118,6 +119,13 @@ def test_every_tile_is_in_one_share(
 def test_rows_are_cut_evenly_where_that_ends_sooner(lengths: list[int], is_aligned: bool) -> None:
     tiles = DecodeTiles(16, 16, 66)
     assert check(share(lengths, tiles), lengths, tiles) is is_aligned
+
+
+def test_no_share_is_of_two_rows_where_the_kernel_expects_none() -> None:
+    """However much sooner even shares would end."""
+    lengths = [900, *[16] * 40, 0, 30]
+    tiles = DecodeTiles(16, 16, 8, start_tiles=NEVER, one_row=True)
+    assert check(share(lengths, tiles), lengths, tiles)
 
 
 def test_more_rows_than_are_taken_at_a_time() -> None:
