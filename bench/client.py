@@ -37,7 +37,8 @@ class LoadClient:
         self._timeout_s = timeout_s
 
     async def __aenter__(self) -> Self:
-        await asyncio.wait_for(self._channel.channel_ready(), CONNECT_TIMEOUT_S)
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await self._channel.channel_ready()
         return self
 
     async def __aexit__(self, *exception: object) -> None:

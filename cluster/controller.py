@@ -89,12 +89,15 @@ class Controller:
         """Work until cancelled; `adopt` comes first."""
         while not self._shutting_down:
             await self._spread_membership()
+            if self._shutting_down:  # since then; what has ended is not to be replaced
+                return
             now = time.monotonic()
             seen = [p.seen() for p in self._processes.values()]
             for action in plan(self.wanted, seen, self._back_off, now):
                 self._perform(action, now)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self.settings.controller.poll_interval_s)
+                async with asyncio.timeout(self.settings.controller.poll_interval_s):
+                    await self._wake.wait()
             self._wake.clear()
 
     async def scale(self, sizes: Mapping[str, int]) -> dict[Role, int]:
@@ -220,6 +223,7 @@ class Controller:
                         process, await process.process.start(), await process.process.report()
                     )
                 await process.process.wait()
+            # Otherwise it was told to stop while it was launched, and its burial ends it.
         except TimeoutError:
             cause = f"it was not READY {limit_s:g} s after its start (controller.start_timeout_s)"
         except PacelineError as error:

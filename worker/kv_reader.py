@@ -190,7 +190,8 @@ class OwnerLink:
         reason = "the session's task failed; the log has the cause"
         try:
             async with grpc.aio.insecure_channel(self.owner.address) as channel:
-                await asyncio.wait_for(channel.channel_ready(), CONNECT_TIMEOUT_S)
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await channel.channel_ready()
                 await self._converse(kv_pb2_grpc.KvServiceStub(channel))
             reason = "the owner ended the session"
         except TimeoutError:

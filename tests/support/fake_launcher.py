@@ -28,6 +28,8 @@ class FakeProcess:
         self.seconds_since_progress = 0.0
         self.memberships: list[Membership] = []
         self.was_killed = False
+        self.can_update = asyncio.Event()
+        self.can_update.set()
         self._ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -70,6 +72,7 @@ class FakeProcess:
         )
 
     async def update_membership(self, membership: Membership) -> None:
+        await self.can_update.wait()
         self._check()
         self.memberships.append(membership)
 
@@ -92,10 +95,13 @@ class FakeLauncher:
     def __init__(self) -> None:
         self.launched: list[FakeProcess] = []
         self.can_start = True
+        self.can_launch = asyncio.Event()
+        self.can_launch.set()
         self.capacity_now = Capacity({"CPU": 2.0}, 1, 16 << 30, 8 << 30)
         self.saved: dict[Role, int] | None = None
 
     async def launch(self, name: ProcessName) -> FakeProcess:
+        await self.can_launch.wait()
         process = FakeProcess(name, self.can_start)
         self.launched.append(process)
         return process

@@ -25,7 +25,8 @@ async def test_messages_of_many_threads_arrive_each_in_order_and_none_is_lost() 
         thread.start()
     await asyncio.to_thread(lambda: [thread.join() for thread in threads])
     stream.close()
-    messages = await asyncio.wait_for(received, TIMEOUT_S)
+    async with asyncio.timeout(TIMEOUT_S):
+        messages = await received
     assert len(messages) == 6000
     for base in (0, 10_000, 20_000):
         own = [message for message in messages if base <= message < base + 2000]
@@ -37,7 +38,8 @@ async def test_what_waits_is_sent_before_a_closed_stream_ends() -> None:
     stream.send(1)
     stream.close()
     stream.send(2)
-    assert await asyncio.wait_for(collect(stream), TIMEOUT_S) == [1]
+    async with asyncio.timeout(TIMEOUT_S):
+        assert await collect(stream) == [1]
 
 
 async def test_a_waiting_reader_is_woken_by_a_message_from_another_thread() -> None:
@@ -47,4 +49,5 @@ async def test_a_waiting_reader_is_woken_by_a_message_from_another_thread() -> N
         # Give the reader the chance to go to sleep in between.
         await asyncio.to_thread(stream.send, number)
     stream.close()
-    assert await asyncio.wait_for(received, TIMEOUT_S) == list(range(200))
+    async with asyncio.timeout(TIMEOUT_S):
+        assert await received == list(range(200))
