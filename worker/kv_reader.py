@@ -150,6 +150,7 @@ class OwnerLink:
         self._imports: dict[AttemptKey, KvImport] = {}
         self._by_lease: dict[int, KvImport] = {}
         self.is_closed = False
+        self._is_welcome = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
     def add(self, started: KvImport) -> None:
@@ -221,6 +222,8 @@ class OwnerLink:
             transport=self._transport.name,
         )
         yield kv_pb2.ReadLeasesRequest(hello=hello)
+        # A message that met a refusal on its way would hide the reason: gRPC then says INTERNAL.
+        await self._is_welcome.wait()
         async for request in self._outgoing:
             yield request
 
@@ -238,6 +241,7 @@ class OwnerLink:
                 response.welcome.transport_endpoint,
                 _StreamChannel(self._outgoing),
             )
+            self._is_welcome.set()
         elif kind == "update":
             self._take_update(response.update)
         elif kind == "verdict":

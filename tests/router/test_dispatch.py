@@ -1,7 +1,5 @@
 """Whatever fails, in whatever order messages come, clients get the tokens they would have got."""
 
-import logging
-
 import pytest
 from fake_worker import BLOCK_TOKENS, arithmetic_oracle, expected_output
 from hypothesis import HealthCheck, given, settings
@@ -378,7 +376,6 @@ def events(draw: st.DrawFn) -> list[tuple[str, int, int]]:
 def test_streams_are_what_they_would_have_been_whatever_happens(
     script: list[tuple[str, int, int]], local_prefill_tokens: int
 ) -> None:
-    logging.disable(logging.WARNING)
     cluster = SimulatedCluster(ORACLE, PATIENT)
     names = ["prefill-0", "decode-0", "prefill-1", "decode-1"]
     requests: list[ActiveRequest] = []

@@ -99,7 +99,11 @@ class Pair:
         )
 
     @asynccontextmanager
-    async def run(self, identity: WorkerIdentity = READER) -> AsyncIterator[KvReader]:
+    async def run(
+        self,
+        identity: WorkerIdentity = READER,
+        owner: kv_pb2_grpc.KvServiceServicer | None = None,
+    ) -> AsyncIterator[KvReader]:
         self.owner = KvOwner(
             OWNER,
             self.leases,
@@ -110,7 +114,7 @@ class Pair:
             Failpoints(),
         )
         self.server = grpc.aio.server()
-        kv_pb2_grpc.add_KvServiceServicer_to_server(self.owner, self.server)
+        kv_pb2_grpc.add_KvServiceServicer_to_server(owner or self.owner, self.server)
         self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         await self.server.start()
         reader = self.make_reader(identity)
@@ -213,6 +217,35 @@ async def test_another_incarnation_of_the_owner_is_refused() -> None:
         reader.begin(KEY, pair.peer._replace(incarnation=6), 16, [10], 0)
         await pair.until(lambda: "ended" in pair.heard.calls)
         assert "prefill-0.7, not incarnation 6" in pair.heard.reason
+
+
+class _RefusesLate(kv_pb2_grpc.KvServiceServicer):
+    """Refuses a reader some heartbeats after its hello."""
+
+    heard_more = False
+
+    async def ReadLeases(
+        self,
+        request_iterator: AsyncIterator[kv_pb2.ReadLeasesRequest],
+        context: grpc.aio.ServicerContext[kv_pb2.ReadLeasesRequest, kv_pb2.ReadLeasesResponse],
+    ) -> AsyncIterator[kv_pb2.ReadLeasesResponse]:
+        await anext(request_iterator)
+        more = asyncio.ensure_future(anext(request_iterator))
+        await asyncio.wait([more], timeout=0.3)
+        self.heard_more = more.done()
+        more.cancel()
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "it is another incarnation")
+        yield kv_pb2.ReadLeasesResponse()
+
+
+async def test_nothing_follows_a_hello_that_may_be_refused_so_that_the_reason_arrives() -> None:
+    """What is written while a refusal is on its way makes gRPC report INTERNAL instead of it."""
+    pair, owner = Pair(), _RefusesLate()
+    async with pair.run(owner=owner) as reader:
+        reader.begin(KEY, pair.peer, 16, [10], 0)
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert "it is another incarnation" in pair.heard.reason
+        assert not owner.heard_more
 
 
 async def test_an_owner_that_is_gone_loses_its_imports_and_a_new_link_can_be_opened() -> None:

@@ -48,8 +48,8 @@ class KvServiceServicer(object):
 
     def ReadLeases(self, request_iterator, context):
         """Opened by the reader. Its first message is `hello`; the owner answers `welcome` or ends the
-        stream. When the stream ends, the owner revokes the reader's leases and the reader gives up
-        whatever it had not confirmed.
+        stream, and the reader says no more before that. When the stream ends, the owner revokes the
+        reader's leases and the reader gives up whatever it had not confirmed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

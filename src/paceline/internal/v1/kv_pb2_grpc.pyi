@@ -35,8 +35,8 @@ class KvServiceStub:
     def __new__(cls, channel: _aio.Channel) -> KvServiceAsyncStub: ...
     ReadLeases: _grpc.StreamStreamMultiCallable[_kv_pb2.ReadLeasesRequest, _kv_pb2.ReadLeasesResponse]
     """Opened by the reader. Its first message is `hello`; the owner answers `welcome` or ends the
-    stream. When the stream ends, the owner revokes the reader's leases and the reader gives up
-    whatever it had not confirmed.
+    stream, and the reader says no more before that. When the stream ends, the owner revokes the
+    reader's leases and the reader gives up whatever it had not confirmed.
     """
 
 @_typing.type_check_only
@@ -46,8 +46,8 @@ class KvServiceAsyncStub(KvServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ReadLeases: _aio.StreamStreamMultiCallable[_kv_pb2.ReadLeasesRequest, _kv_pb2.ReadLeasesResponse]  # type: ignore[assignment]
     """Opened by the reader. Its first message is `hello`; the owner answers `welcome` or ends the
-    stream. When the stream ends, the owner revokes the reader's leases and the reader gives up
-    whatever it had not confirmed.
+    stream, and the reader says no more before that. When the stream ends, the owner revokes the
+    reader's leases and the reader gives up whatever it had not confirmed.
     """
 
 class KvServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -60,8 +60,8 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_pb2.ReadLeasesResponse], _abc.AsyncIterator[_kv_pb2.ReadLeasesResponse]]:
         """Opened by the reader. Its first message is `hello`; the owner answers `welcome` or ends the
-        stream. When the stream ends, the owner revokes the reader's leases and the reader gives up
-        whatever it had not confirmed.
+        stream, and the reader says no more before that. When the stream ends, the owner revokes the
+        reader's leases and the reader gives up whatever it had not confirmed.
         """
 
 def add_KvServiceServicer_to_server(servicer: KvServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
