@@ -87,9 +87,9 @@ class Controller:
 
     async def run(self) -> None:
         """Work until cancelled; `adopt` comes first."""
-        while not self._shutting_down:
+        while True:
             await self._spread_membership()
-            if self._shutting_down:  # since then; what has ended is not to be replaced
+            if self._shutting_down:  # perhaps since then: what has ended is not to be replaced
                 return
             now = time.monotonic()
             seen = [p.seen() for p in self._processes.values()]
@@ -334,14 +334,16 @@ class Controller:
             for p in self._processes.values()
             if p.is_serving and p.acknowledged_version < self._membership.version
         ]
-        await asyncio.gather(*(self._send_membership(p, self._membership) for p in behind))
+        await asyncio.gather(*(self._send_membership(p) for p in behind))
 
-    async def _send_membership(self, process: Supervised, membership: Membership) -> None:
+    async def _send_membership(self, process: Supervised) -> None:
         assert process.process is not None
         with contextlib.suppress(TimeoutError, ProcessDiedError):  # the next round tries again
-            async with asyncio.timeout(MEMBERSHIP_TIMEOUT_S):
-                await process.process.update_membership(membership)
-            process.acknowledged_version = max(process.acknowledged_version, membership.version)
+            async with asyncio.timeout(MEMBERSHIP_TIMEOUT_S), process.taking_membership:
+                membership = self._membership
+                if process.acknowledged_version < membership.version:
+                    await process.process.update_membership(membership)
+                    process.acknowledged_version = membership.version
 
     def _num_live(self, role: Role) -> int:
         return sum(

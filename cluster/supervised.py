@@ -1,7 +1,8 @@
 """One process in the controller's books: its state, what it said last, and how plans see it."""
 
+import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from paceline.cluster.launcher import Member, Process, ProcessReport, Started, StartupStep
 from paceline.cluster.plan import Seen
@@ -30,6 +31,8 @@ class Supervised:
     drain_deadline_s: float | None = None
     acknowledged_version: int = 0
     """Membership that it has."""
+    taking_membership: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """A burial and the main loop may both have one for it: each is sent once, in order."""
     message: str = ""
     """Why it is dead, or why the one before it died, while this one is STARTING."""
     end_reason: str = ""

@@ -191,12 +191,12 @@ class OwnerLink:
         reason = "the session's task failed; the log has the cause"
         try:
             async with grpc.aio.insecure_channel(self.owner.address) as channel:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                async with asyncio.timeout(CONNECT_TIMEOUT_S) as until_welcome:
                     await channel.channel_ready()
-                await self._converse(kv_pb2_grpc.KvServiceStub(channel))
+                    await self._converse(kv_pb2_grpc.KvServiceStub(channel), until_welcome)
             reason = "the owner ended the session"
         except TimeoutError:
-            reason = f"no connection to {self.owner.address} within {CONNECT_TIMEOUT_S} s"
+            reason = f"no answer from {self.owner.address} within {CONNECT_TIMEOUT_S} s"
         except grpc.aio.AioRpcError as error:
             reason = f"the session broke: {error.code().name} {error.details()}"
         except PacelineError as error:
@@ -204,10 +204,13 @@ class OwnerLink:
         finally:
             self._loop.call_soon(self.fail, reason)
 
-    async def _converse(self, stub: "kv_pb2_grpc.KvServiceAsyncStub") -> None:
+    async def _converse(
+        self, stub: "kv_pb2_grpc.KvServiceAsyncStub", until_welcome: asyncio.Timeout
+    ) -> None:
         heartbeats = asyncio.create_task(self._send_heartbeats())
         try:
             async for response in stub.ReadLeases(self._requests()):
+                until_welcome.reschedule(None)
                 self._take(response)
         finally:
             heartbeats.cancel()

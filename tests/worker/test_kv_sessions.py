@@ -248,6 +248,33 @@ async def test_nothing_follows_a_hello_that_may_be_refused_so_that_the_reason_ar
         assert not owner.heard_more
 
 
+async def test_an_owner_that_does_not_answer_a_hello_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("paceline.worker.kv_reader.CONNECT_TIMEOUT_S", 0.1)
+    pair = Pair()
+    async with pair.run(owner=_RefusesLate()) as reader:
+        reader.begin(KEY, pair.peer, 16, [10], 0)
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert f"no answer from {pair.address} within 0.1 s" in pair.heard.reason
+
+
+async def test_the_deadline_of_an_answer_does_not_end_a_session_that_has_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("paceline.worker.kv_reader.CONNECT_TIMEOUT_S", 1.0)
+    pair = Pair()
+    async with pair.run() as reader:
+        lease = pair.grant(2)
+        reader.begin(KEY, pair.peer, 32, [10, 11], 0)
+        pair.publish(lease, Progress(16))
+        await pair.until(lambda: "progressed" in pair.heard.calls)
+        await asyncio.sleep(1.2)
+        pair.publish(lease, Progress(32, FIRST))
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert "imported" in pair.heard.calls
+
+
 async def test_an_owner_that_is_gone_loses_its_imports_and_a_new_link_can_be_opened() -> None:
     pair = Pair()
     async with pair.run() as reader:
