@@ -99,6 +99,7 @@ class WorkerHandle:
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
         line = self._process.stdout.readline() if ready else ""
-        assert line, f"{self.worker_id} did not answer within {timeout_s} s; see {self._log.name}"
+        what = "ended" if ready else f"did not answer within {timeout_s} s"
+        assert line, f"{self.worker_id} {what}; see {self._log.name}"
         answer: dict[str, Any] = json.loads(line)
         return answer
