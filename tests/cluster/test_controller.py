@@ -103,6 +103,24 @@ async def test_a_dead_worker_leaves_the_membership_before_its_replacement_starts
         assert incarnations["decode-0"] == new.name.incarnation
 
 
+async def test_a_membership_that_a_burial_and_the_main_loop_have_is_sent_once() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 3))
+        router = launcher.living("router-0")
+        await until(lambda: members(router) == {"prefill-0", "decode-0"})
+        router.can_update.clear()
+        launcher.living("decode-0").die("killed by SIGKILL")
+        await until(lambda: states(controller)["decode-0"] is ProcessState.DEAD)
+        await asyncio.sleep(0.1)  # the main loop comes round meanwhile
+        router.can_update.set()
+        await until(lambda: len(launcher.launched) == 4)
+        await until(lambda: members(router) == {"prefill-0", "decode-0"})
+    versions = [m.version for m in router.memberships]
+    assert versions == sorted(set(versions))
+
+
 async def test_a_worker_with_work_and_no_step_is_killed_and_replaced() -> None:
     launcher = FakeLauncher()
     controller = Controller(make_settings(decode={"progress_timeout_s": 60.0}), launcher)

@@ -77,6 +77,14 @@ class Pair:
         self.leases.publish(lease, progress)
         self.owner.notify_changed(lease)
 
+    async def import_half(self, reader: KvReader) -> Lease:
+        """Begin to import two blocks, of which the first is published; return once it is there."""
+        lease = self.grant(2)
+        reader.begin(KEY, self.peer, 32, [10, 11], 0)
+        self.publish(lease, Progress(16))
+        await self.until(lambda: "progressed" in self.heard.calls)
+        return lease
+
     async def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + TIMEOUT_S
         while not condition():
@@ -155,10 +163,7 @@ async def test_a_subscription_may_come_before_the_grant() -> None:
 async def test_a_lease_revoked_before_the_confirmation_is_lost() -> None:
     pair = Pair()
     async with pair.run() as reader:
-        lease = pair.grant(2)
-        reader.begin(KEY, pair.peer, 32, [10, 11], 0)
-        pair.publish(lease, Progress(16))
-        await pair.until(lambda: "progressed" in pair.heard.calls)
+        lease = await pair.import_half(reader)
         assert pair.leases.revoke(lease, "cancelled for the test", time.monotonic())
         pair.owner.notify_changed(lease)
         await pair.until(lambda: "ended" in pair.heard.calls)
@@ -179,10 +184,7 @@ async def test_heartbeats_keep_a_lease_alive_that_nobody_extends() -> None:
 async def test_an_abandoned_import_is_released_at_its_owner() -> None:
     pair = Pair()
     async with pair.run() as reader:
-        lease = pair.grant(2)
-        reader.begin(KEY, pair.peer, 32, [10, 11], 0)
-        pair.publish(lease, Progress(16))
-        await pair.until(lambda: "progressed" in pair.heard.calls)
+        await pair.import_half(reader)
         reader.abandon(KEY)
         await pair.until(lambda: pair.released == [KEY])
         await pair.until(lambda: pair.heard.calls[-1] == "ended")
@@ -265,10 +267,7 @@ async def test_the_deadline_of_an_answer_does_not_end_a_session_that_has_one(
     monkeypatch.setattr("paceline.worker.kv_reader.CONNECT_TIMEOUT_S", 1.0)
     pair = Pair()
     async with pair.run() as reader:
-        lease = pair.grant(2)
-        reader.begin(KEY, pair.peer, 32, [10, 11], 0)
-        pair.publish(lease, Progress(16))
-        await pair.until(lambda: "progressed" in pair.heard.calls)
+        lease = await pair.import_half(reader)
         await asyncio.sleep(1.2)
         pair.publish(lease, Progress(32, FIRST))
         await pair.until(lambda: "ended" in pair.heard.calls)
@@ -278,9 +277,7 @@ async def test_the_deadline_of_an_answer_does_not_end_a_session_that_has_one(
 async def test_an_owner_that_is_gone_loses_its_imports_and_a_new_link_can_be_opened() -> None:
     pair = Pair()
     async with pair.run() as reader:
-        pair.publish(pair.grant(2), Progress(16))
-        reader.begin(KEY, pair.peer, 32, [10, 11], 0)
-        await pair.until(lambda: "progressed" in pair.heard.calls)
+        await pair.import_half(reader)
         await pair.server.stop(None)
         await pair.until(lambda: "ended" in pair.heard.calls)
         assert pair.heard.calls[-2:] == ["lost", "ended"]
@@ -299,9 +296,7 @@ async def test_a_reader_that_is_gone_is_told_to_the_owners_engine() -> None:
 async def test_membership_without_the_owner_ends_the_link_at_once() -> None:
     pair = Pair()
     async with pair.run() as reader:
-        pair.publish(pair.grant(2), Progress(16))
-        reader.begin(KEY, pair.peer, 32, [10, 11], 0)
-        await pair.until(lambda: "progressed" in pair.heard.calls)
+        await pair.import_half(reader)
         reader.drop_absent({READER.name})
         await pair.until(lambda: "ended" in pair.heard.calls)
         assert "left the deployment" in pair.heard.reason
