@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from paceline.router.stop_strings import StopStrings
+
 PRIMING_TOKENS = 6
 """Last prompt tokens that the decoder sees first, so that it keeps the space before the first
 word."""
@@ -90,41 +92,3 @@ class TextStream:
     @staticmethod
     def _new_decoder(prompt_tail: list[int]) -> DecodeStream:
         return DecodeStream(ids=prompt_tail, skip_special_tokens=True)
-
-
-class StopStrings:
-    """Pass text through until one of several strings is complete; cut the text before it.
-
-    The end of the text is held back while it could be the beginning of a stop string.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
-        self._longest = max(len(string) for string in stop)
-        self._held = ""
-        self.found = False
-
-    def push(self, piece: str) -> str:
-        """Take more text; return what is certain to stay. Once `found`, nothing more may come."""
-        text = self._held + piece
-        cut = min((at for at in map(text.find, self._stop) if at >= 0), default=None)
-        if cut is not None:
-            self.found = True
-            self._held = ""
-            return text[:cut]
-        keep = self._num_held(text)
-        split = len(text) - keep
-        self._held = text[split:]
-        return text[:split]
-
-    def release(self) -> str:
-        """Return the held text: no more will come."""
-        held, self._held = self._held, ""
-        return held
-
-    def _num_held(self, text: str) -> int:
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            tail = text[-length:]
-            if any(string.startswith(tail) for string in self._stop):
-                return length
-        return 0

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import EOS_ID, byte_ids, byte_tokenizer, sentencepiece_tokenizer
 
-from paceline.router.text_stream import StopStrings, TextStream
+from paceline.router.text_stream import TextStream
 
 TOKENIZER = byte_tokenizer()
 
@@ -95,28 +95,6 @@ def test_token_outside_the_tokenizers_vocabulary_has_no_text() -> None:
 @given(st.text(max_size=40))
 def test_streamed_text_is_the_text(text: str) -> None:
     assert "".join(push_all(make_stream(), byte_ids(text))[0]) == text
-
-
-@given(
-    st.text(alphabet="abc", max_size=30),
-    st.lists(st.text(alphabet="abc", min_size=1, max_size=4), min_size=1, max_size=3),
-    st.data(),
-)
-def test_stop_strings_cut_as_a_search_of_the_whole_text_would(
-    text: str, stop: list[str], data: st.DataObject
-) -> None:
-    stops = StopStrings(stop)
-    given_out, end = "", 0
-    while end < len(text) and not stops.found:
-        start, end = end, data.draw(st.integers(end + 1, len(text)))
-        given_out += stops.push(text[start:end])
-    seen = text[:end]
-    cuts = [seen.find(string) for string in stop if string in seen]
-    assert stops.found == bool(cuts)
-    if cuts:
-        assert given_out == seen[: min(cuts)]
-    else:
-        assert given_out + stops.release() == text
 
 
 @pytest.mark.parametrize("stop", ["aab", "aaab"])
