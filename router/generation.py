@@ -295,10 +295,12 @@ class Generations:
         silent = set(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             silent.update(self.model.eos_token_ids)
+        detokenizer = self._tokenizer.detokenizer
+        continues_text = detokenizer.has_text(prompt)
         texts: list[Text] = [
             TextStream(
-                self._tokenizer.tokenizer,
-                prompt,
+                detokenizer,
+                continues_text=continues_text,
                 stop=sampling.stop,
                 silent=silent,
                 min_tokens=sampling.min_tokens,

@@ -1,4 +1,4 @@
-"""From the tokens of one choice to its text: incremental decoding and stop strings.
+"""From the tokens of one choice to its text: decoding and stop strings.
 
 Tokens go in one at a time; text comes out as soon as it is certain. It lags the tokens while a
 character is incomplete, and while its end could be the beginning of a stop string.
@@ -6,36 +6,29 @@ character is incomplete, and while its end could be the beginning of a stop stri
 
 from collections.abc import Collection, Sequence
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-
+from paceline.router.detokenize import Detokenizer, TokenDecoder
 from paceline.router.stop_strings import StopStrings
-
-PRIMING_TOKENS = 6
-"""Last prompt tokens that the decoder sees first, so that it keeps the space before the first
-word."""
 
 
 class TextStream:
     """Text of one choice. Owned by the choice's journal; never rewound.
 
-    `silent` tokens end a choice and have no text. Stop strings do not count in the first
-    `min_tokens` tokens, as in vLLM.
+    What `TokenDecoder` makes of all tokens is the text, cut before the first stop string. `silent`
+    tokens end a choice and have no text. Stop strings do not count in the first `min_tokens`
+    tokens, as in vLLM.
     """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        prompt_tail: Sequence[int],
+        detokenizer: Detokenizer,
         *,
+        continues_text: bool,
         stop: Sequence[str] = (),
         silent: Collection[int] = (),
         min_tokens: int = 0,
     ) -> None:
-        self._tokenizer = tokenizer
-        self._prompt_tail = list(prompt_tail[-PRIMING_TOKENS:])
-        self._decoder = self._new_decoder(self._prompt_tail)
-        self._undecoded: list[int] = []
+        """`continues_text`: whether the prompt has text."""
+        self._decoder = TokenDecoder(detokenizer, continues_text=continues_text)
         self._silent = frozenset(silent)
         self._stop = StopStrings(stop) if stop else None
         self._tokens_before_stop = min_tokens
@@ -46,25 +39,15 @@ class TextStream:
         self._tokens_before_stop -= 1
         if token_id in self._silent:
             return False
-        piece = self._decode(token_id)
-        if not piece:
-            return False
-        if self._stop is None or self._tokens_before_stop >= 0:
-            self._ready.append(piece)
-            return False
-        self._ready.append(self._stop.push(piece))
-        return self._stop.found
+        return self._add(self._decoder.push(token_id))
 
     def flush(self) -> None:
         """Let go of all that was held back: the choice has ended without a further token."""
-        piece = ""
-        if self._undecoded:
-            piece = self._tokenizer.decode(self._undecoded, skip_special_tokens=True)
-            self._undecoded.clear()
+        rest = self._decoder.flush()
         if self._stop is None:
-            self._ready.append(piece)
+            self._ready.append(rest)
         elif not self._stop.found:
-            self._ready.append(self._stop.release() + piece)
+            self._ready.append(self._stop.release() + rest)
 
     def take(self) -> str:
         """Return the text that has become certain since the last call."""
@@ -74,21 +57,11 @@ class TextStream:
         self._ready.clear()
         return text
 
-    def _decode(self, token_id: int) -> str:
-        try:
-            piece = self._decoder.step(self._tokenizer, token_id)
-        except Exception:  # tokenizers raises no narrower class
-            # The decoder refuses a token whose text changes the text before it. That text is
-            # final, so begin again behind it.
-            self._decoder = self._new_decoder([])
-            piece = self._decoder.step(self._tokenizer, token_id)
-            self._undecoded.clear()
-        if piece is None:
-            self._undecoded.append(token_id)
-            return ""
-        self._undecoded.clear()
-        return piece
-
-    @staticmethod
-    def _new_decoder(prompt_tail: list[int]) -> DecodeStream:
-        return DecodeStream(ids=prompt_tail, skip_special_tokens=True)
+    def _add(self, text: str) -> bool:
+        if not text:
+            return False
+        if self._stop is None or self._tokens_before_stop >= 0:
+            self._ready.append(text)
+            return False
+        self._ready.append(self._stop.push(text))
+        return self._stop.found

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from paceline.errors import ConfigError, FieldViolation, InvalidRequestError
 from paceline.router.chat_template import ChatMessage, ChatTemplate
+from paceline.router.detokenize import Detokenizer
 
 T = TypeVar("T")
 
@@ -27,7 +28,8 @@ class PromptTokenizer:
     def __init__(
         self, tokenizer: Tokenizer, template: ChatTemplate | None, num_threads: int
     ) -> None:
-        self.tokenizer = tokenizer
+        self.detokenizer = Detokenizer(tokenizer)
+        self._tokenizer = tokenizer
         self._template = template
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
 
@@ -77,7 +79,7 @@ class PromptTokenizer:
 
     def _encode(self, text: str, field: str, *, special: bool) -> list[int]:
         try:
-            return self.tokenizer.encode(text, add_special_tokens=special).ids
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
         except Exception as error:  # tokenizers raises no narrower class
             raise InvalidRequestError(
                 FieldViolation(field, f"cannot be tokenized: {error}")

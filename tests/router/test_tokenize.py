@@ -1,13 +1,16 @@
 import asyncio
 import json
+import random
 from pathlib import Path
 
 import platformdirs
 import pytest
 from tiny_tokenizer import BOS_ID, TEMPLATE, byte_ids, byte_tokenizer, write_tokenizer
+from tokenizers import decoders
 
 from paceline.errors import ConfigError, InvalidRequestError
 from paceline.router.chat_template import ChatMessage, ChatTemplate
+from paceline.router.detokenize import Detokenizer
 from paceline.router.text_stream import TextStream
 from paceline.router.tokenize import PromptTokenizer
 
@@ -80,6 +83,15 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
         PromptTokenizer.from_folder(tmp_path, 1)
 
 
+def test_decoder_that_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="WordPiece"):
+        PromptTokenizer.from_folder(tmp_path, 1)
+
+
 def test_templates_have_what_transformers_gives_them() -> None:
     source = (
         "{%- for m in messages %}\n    {%- if loop.first %}{% continue %}{% endif %}\n"
@@ -141,8 +153,17 @@ async def test_smollm2_prompts_and_text_equal_those_of_transformers() -> None:
     assert chat == reference.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
     )
-    stream = TextStream(tokenizer.tokenizer, chat)
-    for token_id in ids:
+    assert _stream(tokenizer.detokenizer, ids) == text
+    draw = random.Random(0)
+    for _ in range(200):
+        output = [draw.randrange(len(reference) + 5) for _ in range(50)]
+        wanted = reference.backend_tokenizer.decode(output, skip_special_tokens=True)
+        assert _stream(tokenizer.detokenizer, output) == wanted
+
+
+def _stream(detokenizer: Detokenizer, token_ids: list[int]) -> str:
+    stream = TextStream(detokenizer, continues_text=True)
+    for token_id in token_ids:
         stream.push(token_id)
     stream.flush()
-    assert stream.take() == text
+    return stream.take()

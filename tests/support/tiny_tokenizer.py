@@ -1,6 +1,7 @@
 """Tokenizers small enough to read, built in the test."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 from tokenizers import (
@@ -27,9 +28,8 @@ TEMPLATE = (
 def byte_ids(text: str | bytes) -> list[int]:
     """Token ids of text in `byte_tokenizer`: one a byte."""
     data = text.encode() if isinstance(text, str) else text
-    vocab = byte_tokenizer().get_vocab()
-    table = _byte_table()
-    return [vocab[table[byte]] for byte in data]
+    ids = _ids_of_bytes()
+    return [ids[byte] for byte in data]
 
 
 def byte_tokenizer(*, adds_bos: bool = False) -> Tokenizer:
@@ -71,7 +71,23 @@ def sentencepiece_tokenizer(words: list[str]) -> Tokenizer:
             decoders.Strip(" ", 1, 0),
         ]
     )
+    tokenizer.add_special_tokens(
+        [AddedToken("<s>", special=True), AddedToken("</s>", special=True)]
+    )
     return tokenizer
+
+
+def ids_of(tokenizer: Tokenizer, *tokens: str) -> list[int]:
+    """Token ids of these entries of a vocabulary."""
+    ids = [tokenizer.token_to_id(token) for token in tokens]
+    assert None not in ids, tokens
+    return ids
+
+
+def byte_token_ids(tokenizer: Tokenizer, text: str | bytes) -> list[int]:
+    """Token ids of text in byte tokens of `sentencepiece_tokenizer`."""
+    data = text.encode() if isinstance(text, str) else text
+    return ids_of(tokenizer, *(f"<0x{byte:02X}>" for byte in data))
 
 
 def write_tokenizer(
@@ -84,6 +100,12 @@ def write_tokenizer(
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+@cache
+def _ids_of_bytes() -> list[int]:
+    vocab, table = byte_tokenizer().get_vocab(), _byte_table()
+    return [vocab[table[byte]] for byte in range(256)]
 
 
 def _byte_table() -> dict[int, str]:

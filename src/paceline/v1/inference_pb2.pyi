@@ -329,7 +329,10 @@ class GenerateResponse(_message.Message):
     choice: _builtins.int
     """Number of the choice, from 0."""
     text: _builtins.str
-    """New text; may lag the tokens while a character or a stop string is incomplete."""
+    """New text; may lag the tokens while a character or a stop string is incomplete. It is decoded
+    from the output only: special tokens have no text, and bytes that belong to no character of the
+    output become U+FFFD. The space before the first word is kept if the prompt has text.
+    """
     finish_reason: Global___FinishReason.ValueType
     """Set in the last message of the choice."""
     @_builtins.property
