@@ -18,8 +18,8 @@ class Text(Protocol):
     def push(self, token_id: int) -> bool:
         """Take the next token; say whether it completes a stop string."""
 
-    def flush(self) -> None:
-        """Called once when the choice has ended."""
+    def flush(self) -> bool:
+        """Called once when the choice has ended; say whether a stop string is complete."""
 
     def take(self) -> str:
         """Return the text that has become certain since the last call."""
@@ -135,9 +135,8 @@ class ChoiceJournal:
             self._finish(self._end[1])
 
     def _finish(self, reason: FinishReason) -> None:
-        self.finish_reason = reason
+        self.finish_reason = FinishReason.STOP if self._text.flush() else reason
         self._early.clear()
-        self._text.flush()
 
 
 class RequestJournal:

@@ -41,13 +41,17 @@ class TextStream:
             return False
         return self._add(self._decoder.push(token_id))
 
-    def flush(self) -> None:
-        """Let go of all that was held back: the choice has ended without a further token."""
-        rest = self._decoder.flush()
+    def flush(self) -> bool:
+        """Let go of all that was held back: the choice has ended.
+
+        Say whether a stop string is complete: what stands for an incomplete character can be its
+        end.
+        """
         if self._stop is None:
-            self._ready.append(rest)
-        elif not self._stop.found:
-            self._ready.append(self._stop.release() + rest)
+            return self._add(self._decoder.flush())
+        if not self._stop.found and not self._add(self._decoder.flush()):
+            self._ready.append(self._stop.release())
+        return self._stop.found
 
     def take(self) -> str:
         """Return the text that has become certain since the last call."""

@@ -90,6 +90,14 @@ def test_stop_string_completed_by_an_early_token_is_reported_when_the_gap_closes
     assert choice.output == [10, 11]
 
 
+def test_stop_string_that_is_complete_only_at_the_end_is_the_reason_of_the_end() -> None:
+    for ends_in_stop, wanted in ((True, FinishReason.STOP), (False, FinishReason.LENGTH)):
+        choice = ChoiceJournal(0, SilentText(ends_in_stop=ends_in_stop))
+        choice.add(0, 10)
+        choice.end(FinishReason.LENGTH)
+        assert choice.finish_reason is wanted
+
+
 def test_logprobs_stay_with_their_tokens() -> None:
     choice = make_choice(wants_logprobs=True)
     choice.add(1, 11, Logprobs(-1.0, ()))

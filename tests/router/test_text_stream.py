@@ -73,6 +73,14 @@ def test_repeated_beginnings_of_a_stop_string_are_not_missed(stop: str) -> None:
     assert count == 5
 
 
+def test_stop_string_that_ends_in_an_incomplete_character_is_cut_at_the_end() -> None:
+    output = byte_ids(b"ab\xe2\x82")
+    for min_tokens, wanted in ((0, (True, "a")), (4, (False, "ab�"))):
+        stream = make_stream("b�", min_tokens=min_tokens)
+        assert not any(map(stream.push, output))
+        assert (stream.flush(), stream.take()) == wanted
+
+
 @given(st.lists(st.integers(0, EOS_ID + 5), max_size=20), st.data())
 def test_text_does_not_depend_on_when_it_is_taken(output: list[int], data: st.DataObject) -> None:
     stream, text = make_stream(), ""

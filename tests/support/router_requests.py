@@ -12,14 +12,15 @@ from paceline.sampling_params import SamplingParams
 class SilentText:
     """A text without words: for tests of tokens only."""
 
-    def __init__(self, stop_token: int | None = None) -> None:
+    def __init__(self, stop_token: int | None = None, *, ends_in_stop: bool = False) -> None:
         self._stop_token = stop_token
+        self._ends_in_stop = ends_in_stop
 
     def push(self, token_id: int) -> bool:
         return token_id == self._stop_token
 
-    def flush(self) -> None:
-        pass
+    def flush(self) -> bool:
+        return self._ends_in_stop
 
     def take(self) -> str:
         return ""
