@@ -30,6 +30,7 @@ from paceline.router.journal import ChoiceDelta, RequestJournal, Text
 from paceline.router.message_size import MAX_WORK_TOKENS
 from paceline.router.model import ServedModel
 from paceline.router.settings import RouterSettings
+from paceline.router.special_stops import special_stop_violations, with_special_stops
 from paceline.router.text_stream import TextStream
 from paceline.router.tokenize import PromptTokenizer
 from paceline.router.validate import (
@@ -179,6 +180,11 @@ class Generations:
         self.model = model
         self._settings = settings
         self._tokenizer = tokenizer
+        self._special_tokens = {
+            text: token_id
+            for text, token_id in tokenizer.detokenizer.special_tokens.items()
+            if token_id < model.vocab_size  # the model never outputs the others
+        }
         self._dispatcher = dispatcher
         self._on_change = on_change
         self._numbers = itertools.count(1)
@@ -264,6 +270,7 @@ class Generations:
         violations = [
             *envelope_violations(call.request_id, call.timeout_s, self._settings),
             *sampling_violations(call.sampling, self.model),
+            *special_stop_violations(call.sampling, self._special_tokens),
         ]
         token_ids: list[int] = []
         if call.prompt is None:
@@ -285,7 +292,7 @@ class Generations:
     def _new_request(
         self, call: GenerationCall, prompt: Sequence[int], number: int, arrived_s: float
     ) -> ActiveRequest:
-        sampling = call.sampling
+        sampling = with_special_stops(call.sampling, self._special_tokens)
         no_limit = sampling.max_tokens is None
         if no_limit:
             longest = min(self.model.max_model_len, MAX_WORK_TOKENS + 1)

@@ -57,7 +57,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a choice; the token itself is reported, its text is not."""
     stop: tuple[str, ...] = field(default=())
-    """Strings that end a choice (the router's business); the text is cut before them."""
+    """Strings that end a choice (the router's business); the text is cut before them. The router
+    adds the ids of those that are special tokens to `stop_token_ids`."""
 
     @property
     def is_greedy(self) -> bool:

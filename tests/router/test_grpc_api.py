@@ -80,6 +80,11 @@ class _Finished:
         ),
         (pb.GenerateRequest(text="x", timeout_s=-1), "timeout_s", "must be between 0"),
         (pb.GenerateRequest(text="x", timeout_s=math.nan), "timeout_s", "must be between 0"),
+        (
+            pb.GenerateRequest(text="x", sampling=pb.SamplingParams(stop=["a", "b<eos>"])),
+            "sampling.stop[1]",
+            "contains '<eos>', a special token",
+        ),
         (pb.GenerateRequest(chat=pb.ChatPrompt()), "chat.messages", "at least one message"),
         (pb.GenerateRequest(chat=make_chat(("pirate", "a"))), "chat.messages", "no such role"),
     ],

@@ -7,7 +7,7 @@ import grpc
 import pytest
 from fake_worker import FakeWorker, expected_output, script_oracle
 from router_deployment import RouterDeployment, router_deployment, until
-from tiny_tokenizer import EOS_ID, byte_ids
+from tiny_tokenizer import BOS_ID, EOS_ID, byte_ids
 
 from paceline.errors import ConfigError
 from paceline.request import FailureReason
@@ -286,6 +286,21 @@ async def test_stop_string_ends_the_stream_and_the_work(tmp_path: Path) -> None:
         assert answer.tokens == {0: byte_ids("one two STOP")}
         assert answer.finish_reasons == {0: pb.FINISH_REASON_STOP}
         assert answer.last.usage.completion_tokens == len("one two STOP")
+        await deployment.idle()
+
+
+@pytest.mark.parametrize("end", [[BOS_ID], byte_ids("<bos>")])
+async def test_stop_string_that_is_a_special_token_stops_at_the_token_and_where_it_is_spelled(
+    tmp_path: Path, end: list[int]
+) -> None:
+    script = [*byte_ids("one"), *end, *byte_ids(" two")]
+    async with router_deployment(tmp_path, oracle=script_oracle(script)) as deployment:
+        request = make_request(max_tokens=len(script))
+        request.sampling.stop.append("<bos>")
+        answer = await deployment.generate(request)
+        assert answer.texts == {0: "one"}
+        assert answer.tokens == {0: [*byte_ids("one"), *end]}
+        assert answer.finish_reasons == {0: pb.FINISH_REASON_STOP}
         await deployment.idle()
 
 

@@ -253,7 +253,9 @@ class SamplingParams(_message.Message):
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end a choice, cut from the text; default none."""
+        """Strings that end a choice, cut from the text; default none. Special tokens have no text: the
+        text of one also ends the choice at that token, and a longer string around it is refused.
+        """
 
     def __init__(
         self,
