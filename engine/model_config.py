@@ -109,6 +109,8 @@ class ModelConfig:
     rope: RopeConfig
     max_position_embeddings: int
     tie_word_embeddings: bool
+    says_tie_word_embeddings: bool
+    """Whether config.json has the key; without it the head is a tensor of its own."""
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -150,6 +152,9 @@ class _Keys:
 
     def flag(self, key: str, default: bool) -> bool:
         return bool(self.get(key, default))
+
+    def has(self, key: str) -> bool:
+        return key in self._values
 
     def is_null(self, key: str) -> bool:
         """Whether the key is there and null, which can mean something else than its absence."""
@@ -210,6 +215,7 @@ def parse_model_config(
         rope=_rope(keys, max_position),
         max_position_embeddings=max_position,
         tie_word_embeddings=keys.flag("tie_word_embeddings", False),
+        says_tie_word_embeddings=keys.has("tie_word_embeddings"),
         qkv_bias=qkv_bias,
         o_bias=qkv_bias if architecture.o_bias is None else architecture.o_bias,
         mlp_bias=_bias(keys, "mlp_bias", architecture.mlp_bias),

@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from paceline.engine.settings import ModelSettings
+from paceline.engine.weight_files import WeightFiles, find_weight_files
 from paceline.errors import ConfigError, UnsupportedModelError
 
 CACHE_FORMAT = 1
@@ -120,10 +121,12 @@ def _file_digest(path: Path) -> str:
 
 
 def _folder_revision(folder: Path, weights_are_random: bool) -> str:
-    """Digest config.json, and of each weight file the size, the start and a sample of its pages."""
+    """Digest config.json, the index, and of each weight file the size and a sample of its pages."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    files = [] if weights_are_random else sorted(folder.glob("*.safetensors"))
-    for path in files:
+    found = WeightFiles(()) if weights_are_random else find_weight_files(folder)
+    if found.index is not None:
+        digest.update(b"|index|" + found.index.read_bytes())
+    for path in found.paths:
         size = path.stat().st_size
         digest.update(f"|{path.name}|{size}|".encode())
         with path.open("rb") as file:

@@ -6,15 +6,13 @@ of their own. To other devices `device_weights` copies.
 """
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from paceline.engine.device_weights import (
     OnBytes,
@@ -24,6 +22,8 @@ from paceline.engine.device_weights import (
 )
 from paceline.engine.model_config import ModelConfig
 from paceline.engine.parallel import ParallelContext
+from paceline.engine.tensor_files import TensorFiles, check_tensors
+from paceline.engine.weight_files import join_names
 from paceline.errors import ConfigError
 
 PAGE_BYTES = 4096
@@ -112,19 +112,15 @@ def load_weights(
 ) -> dict[str, torch.Tensor]:
     """Load this rank's tensors from the folder's safetensors files, by TensorSpec name.
 
-    Raises ConfigError naming every tensor that is missing, unexpected or of another shape, and
-    CapacityError if they do not fit on the device.
+    Raises ConfigError or UnsupportedModelError naming every tensor that is missing, unexpected, of
+    another shape, of integers, or not finite; CapacityError if they do not fit on the device.
     """
     with open_parts(folder, config, parallel) as parts:
         if device.type != "cpu":
-            return copy_to_device(parts, dtype, device, on_bytes)
-        total = sum(part.numel() for pieces in parts.values() for part in pieces) * dtype.itemsize
-        done = 0
-        tensors: dict[str, torch.Tensor] = {}
-        for name, pieces in parts.items():
-            tensors[name] = _join(pieces, dtype)
-            done += tensors[name].nbytes
-            on_bytes(done, total)
+            tensors = copy_to_device(parts, dtype, device, on_bytes)
+        else:
+            tensors = _map(parts, dtype, on_bytes)
+        _check_finite(tensors, folder, dtype)
     return tensors
 
 
@@ -137,8 +133,8 @@ def open_parts(
     Raises ConfigError as load_weights does.
     """
     specs = list(tensor_specs(config))
-    with _TensorFiles(folder) as files:
-        _check(files, specs, config.tie_word_embeddings)
+    with TensorFiles(folder) as files:
+        _check(files, specs, config)
         yield {spec.name: _parts(files, spec, parallel) for spec in _specs_of_rank(specs, parallel)}
 
 
@@ -191,92 +187,32 @@ def _fill(rows: torch.Tensor, part: Part, axis: int | None, parallel: ParallelCo
     rows.copy_(_slice(whole, axis, parallel))
 
 
-class _TensorFiles:
-    """The tensors of all safetensors files of a folder, mapped."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._open = ExitStack()
-        self._files: dict[str, Any] = {}
-
-    def __enter__(self) -> Self:
-        for path in _weight_files(self.folder):
-            try:
-                file = self._open.enter_context(safe_open(path, framework="pt", device="cpu"))
-            except (OSError, SafetensorError) as error:
-                raise ConfigError(
-                    f"{path} cannot be read as safetensors: {error}. It may be cut short: download "
-                    "the model again."
-                ) from error
-            self._files.update(dict.fromkeys(file.keys(), file))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._open.close()
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return the tensor, mapped privately: its pages are the file's until someone writes."""
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
-        return tensor
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    single = folder / "model.safetensors"
-    files = [single] if single.exists() else sorted(folder.glob("model-*.safetensors"))
-    files = files or sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        found = (
-            f" but {pickles[0]}, a format that can run code, which is never read" if pickles else ""
-        )
-        raise ConfigError(
-            f"{folder} has no .safetensors file{found}. Set model.path to a folder with "
-            "safetensors, or model.load_format to dummy for random weights."
-        )
-    return files
-
-
-def _check(files: _TensorFiles, specs: Sequence[TensorSpec], tied: bool) -> None:
+def _check(files: TensorFiles, specs: Sequence[TensorSpec], config: ModelConfig) -> None:
     expected = {part.name: part.shape for spec in specs for part in spec.parts}
     for spec in specs:
         if spec.name in files.names and spec.name not in expected:
             for part in spec.parts:
                 del expected[part.name]
             expected[spec.name] = spec.shape
-    missing = sorted(set(expected) - files.names)
-    extra = files.names - set(expected) - ({"lm_head.weight"} if tied else set())
-    # Old files store the rotary frequencies, which config.json determines.
-    extra_names = sorted(name for name in extra if not name.endswith(".rotary_emb.inv_freq"))
-    wrong = [
-        f"{name} {list(files.shape(name))} instead of {list(shape)}"
-        for name, shape in sorted(expected.items())
-        if name in files.names and files.shape(name) != shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", extra_names),
-            ("of another shape", wrong),
-        )
-        if names
-    ]
-    if problems:
+    check_tensors(
+        files,
+        expected,
+        is_tied=config.tie_word_embeddings,
+        says_tied=config.says_tie_word_embeddings,
+    )
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Refuse infinities and NaNs: of the files, or of a conversion to a narrower range."""
+    bounds = {name: torch.stack(torch.aminmax(tensor)) for name, tensor in tensors.items()}
+    finite = torch.stack([bound.isfinite().all() for bound in bounds.values()]).tolist()
+    wrong = [name for name, is_finite in zip(bounds, finite, strict=True) if not is_finite]
+    if wrong:
         raise ConfigError(
-            f"The tensors in {files.folder} are not those of its config.json: "
-            f"{'; '.join(problems)}. Download the model again, or correct config.json."
+            f"{len(wrong)} weights of {folder} are infinite or not a number in {dtype}: "
+            f"{join_names(wrong)}. If the files have another dtype, its values may be too large "
+            "for this one: set model.dtype to bfloat16 or float32. Otherwise download the model "
+            "again."
         )
 
 
@@ -284,7 +220,7 @@ def _specs_of_rank(specs: Iterable[TensorSpec], parallel: ParallelContext) -> li
     return [spec for spec in specs if not (spec.rank_zero_only and parallel.rank > 0)]
 
 
-def _parts(files: _TensorFiles, spec: TensorSpec, parallel: ParallelContext) -> list[torch.Tensor]:
+def _parts(files: TensorFiles, spec: TensorSpec, parallel: ParallelContext) -> list[torch.Tensor]:
     if spec.name not in files.names:
         parts = [files.tensor(part.name) for part in spec.parts]
     elif parallel.size == 1 or spec.axis is None:
@@ -307,6 +243,19 @@ def _share(shape: tuple[int, ...], axis: int | None, parallel: ParallelContext) 
         return shape
     share = parallel.share(shape[axis], "rows of a weight")
     return (*shape[:axis], share, *shape[axis + 1 :])
+
+
+def _map(
+    parts: Mapping[str, Sequence[torch.Tensor]], dtype: torch.dtype, on_bytes: OnBytes
+) -> dict[str, torch.Tensor]:
+    total = sum(part.numel() for pieces in parts.values() for part in pieces) * dtype.itemsize
+    done = 0
+    tensors: dict[str, torch.Tensor] = {}
+    for name, pieces in parts.items():
+        tensors[name] = _join(pieces, dtype)
+        done += tensors[name].nbytes
+        on_bytes(done, total)
+    return tensors
 
 
 def _join(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_references import SHAPE, VOCAB_SIZE, write_model
+from model_references import write_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -151,8 +151,9 @@ def test_dtype_changes_on_the_way_as_on_a_cpu(
 def test_tied_head_takes_no_memory_on_the_device(tmp_path: Path) -> None:
     write_model(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
     path = tmp_path / "model.safetensors"
-    head = torch.zeros(VOCAB_SIZE, SHAPE["hidden_size"])
-    save_file(load_file(path) | {"lm_head.weight": head}, path)
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, path)
     config, parallel = read_model_config(tmp_path), ParallelContext()
     with open_parts(tmp_path, config, parallel) as parts:
         assert "lm_head.weight" not in copy_to_device(parts, torch.float32, CPU, ignore)

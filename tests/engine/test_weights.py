@@ -1,13 +1,15 @@
 """Weights: mapped where they can be, merged where they must, and refused with every wrong name."""
 
+import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from model_references import SHAPE, VOCAB_SIZE, logits_of, write_model
+from model_references import SHAPE, logits_of, write_model
 from safetensors.torch import load_file, save_file
 
 from paceline.engine.cpu.step_batch import DecodeRows, PrefillRow, StepBatch
@@ -16,7 +18,7 @@ from paceline.engine.model_config import read_model_config
 from paceline.engine.models.llama import LlamaModel
 from paceline.engine.parallel import ParallelContext
 from paceline.engine.weights import dummy_weights, load_weights, tensor_specs
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, PacelineError, UnsupportedModelError
 from paceline.kernels.prefill_attention import plan_context
 
 ALONE = ParallelContext()
@@ -77,11 +79,105 @@ def test_wrong_tensors_are_all_named(tmp_path: Path) -> None:
 
 def test_tied_head_may_be_in_the_file_and_is_the_embedding(tmp_path: Path) -> None:
     write_model(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in load(tmp_path)
+
+
+def test_tied_head_that_differs_from_the_embedding_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[3, 5] += 1
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"lm_head\.weight that differs .* set tie_word_embed"):
+        load(tmp_path)
+
+
+def test_tied_checkpoint_whose_config_does_not_say_so_is_told_the_key(tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match='add "tie_word_embeddings": true'):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_not_floats_are_named(dtype: torch.dtype, tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
+    path = tmp_path / "model.safetensors"
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name].to(dtype)}, path)
+    with pytest.raises(UnsupportedModelError, match=rf"1 weights .* {name} \("):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_other_float_types_are_converted(dtype: torch.dtype, tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
+    path = tmp_path / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    norm = load(tmp_path)["model.norm.weight"]
+    assert norm.dtype is torch.float32
+    assert torch.equal(norm, tensors["model.norm.weight"].to(torch.float32))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    head = torch.zeros(VOCAB_SIZE, SHAPE["hidden_size"])
-    save_file(tensors | {"lm_head.weight": head}, path)
-    assert "lm_head.weight" not in load(tmp_path)
+    tensors["model.norm.weight"][1] = value
+    save_file(tensors, path)
+    with pytest.raises(ConfigError, match=r"1 weights .* model\.norm\.weight"):
+        load(tmp_path)
+
+
+def test_values_that_a_narrower_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"][0, 0] = 1e5
+    save_file(tensors, path)
+    config = read_model_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"torch\.float16: lm_head\.weight.*set model\.dtype"):
+        load_weights(tmp_path, config, torch.float16, ALONE, ignore)
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (lambda name: name.removeprefix("model."), "no 'model.' before their names"),
+        (lambda name: f"language_model.{name}", "'language_model.' before their names"),
+        (lambda name: f"_orig_mod.{name}", "'_orig_mod.' before their names"),
+    ],
+)
+def test_tensors_under_other_names_are_refused_with_the_cause(
+    rename: Callable[[str], str], message: str, tmp_path: Path
+) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
+    path = tmp_path / "model.safetensors"
+    save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(PacelineError, match=message):
+        load(tmp_path)
+
+
+def test_quantised_tensors_are_called_so(tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.down_proj"
+    tensors[f"{name}.qweight"] = tensors.pop(f"{name}.weight").to(torch.int32)
+    save_file(tensors, path)
+    (tmp_path / "quantize_config.json").write_text("{}")
+    with pytest.raises(
+        UnsupportedModelError, match=r"quantised \(described by quantize_config\.json\)"
+    ):
+        load(tmp_path)
 
 
 def test_folder_without_safetensors_is_refused_even_if_it_has_pickles(tmp_path: Path) -> None:
