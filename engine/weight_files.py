@@ -4,13 +4,13 @@ An index decides if there is one. Otherwise the folder must leave no doubt: file
 say that they are copies for other programs are refused, because one of them might be the newer.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from paceline.errors import ConfigError, UnsupportedModelError
+from paceline.model_files.json_object import read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -24,7 +24,8 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _SHOWN_NAMES = 5
 
 
-class WeightFiles(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
     """The files to read."""
 
     paths: tuple[Path, ...]
@@ -85,13 +86,7 @@ def _indexed(index: Path, names: Sequence[str]) -> WeightFiles:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        values = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{index} cannot be read as JSON: {error}. Download the model again."
-        ) from error
-    places = values.get("weight_map") if isinstance(values, dict) else None
+    places = read_json_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ConfigError(
             f"{index} has no weight_map, which says what file each tensor is in. Download the "

@@ -6,6 +6,7 @@ The template is data of the model, so it runs in Jinja's sandbox.
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from jinja2 import TemplateError, nodes
@@ -14,6 +15,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from paceline.errors import ConfigError, FieldViolation, InvalidRequestError
+from paceline.model_files.json_object import read_json_object_if_there
 
 
 class ChatMessage(NamedTuple):
@@ -21,6 +23,53 @@ class ChatMessage(NamedTuple):
 
     role: str
     content: str
+
+
+def find_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    """Return the template for chat, from the first file that has one.
+
+    Raises ConfigError if there are named templates and none is the default.
+    """
+    own_file = folder / "chat_template.jinja"
+    if own_file.is_file():
+        return _read_text(own_file)
+    template = tokenizer_config.get("chat_template")
+    if template is None:
+        # Written by processors of several kinds of input, which hold a tokenizer.
+        template = read_json_object_if_there(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, str):
+        return template
+    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    named = _named_templates(template, folder) | {path.stem: _read_text(path) for path in others}
+    if named and "default" not in named:
+        raise ConfigError(
+            f"{folder} has chat templates named {', '.join(sorted(named))}, and none is named "
+            "default: which one is for chat is unclear. Save it as chat_template.jinja."
+        )
+    default = named.get("default")
+    return default if isinstance(default, str) else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Download the model again.") from error
+
+
+def _named_templates(value: object, folder: Path) -> dict[str, Any]:
+    """Read several templates: a mapping, or a list of {"name": …, "template": …}."""
+    if value is None or isinstance(value, dict):
+        return value or {}
+    try:
+        if not isinstance(value, list):
+            raise TypeError(f"it is {type(value).__name__}")
+        return {entry["name"]: entry["template"] for entry in value}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"The chat_template of {folder} cannot be read: {error}. It must be a text, or a list "
+            "of objects with name and template."
+        ) from error
 
 
 class _GenerationBlock(Extension):

@@ -46,6 +46,49 @@ async def test_default_of_several_named_templates_is_used(tmp_path: Path) -> Non
     assert await tokenizer.encode_chat(HELLO) == byte_ids("yes")
 
 
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("chat_template.jinja", "yes é"),
+        ("chat_template.json", '{"chat_template": "yes é"}'),
+        ("additional_chat_templates/default.jinja", "yes é"),
+        ("tokenizer_config.json", '{"chat_template": {"default": "yes é", "rag": "no"}}'),
+    ],
+)
+async def test_template_is_found_in_every_file_that_can_hold_it(
+    path: str, text: str, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path, template=None)
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_bytes(text.encode())
+    tokenizer = PromptTokenizer.from_folder(tmp_path, 1)
+    assert await tokenizer.encode_chat(HELLO) == byte_ids("yes é")
+
+
+def test_named_templates_without_a_default_are_refused(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, template=None)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("no")
+    with pytest.raises(ConfigError, match="named rag, and none is named default"):
+        PromptTokenizer.from_folder(tmp_path, 1)
+
+
+@pytest.mark.parametrize("value", [3, [3], [{"name": "default"}]])
+def test_template_that_is_no_template_is_refused(value: object, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, template=None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+    with pytest.raises(ConfigError, match=r"chat_template of .* cannot be read"):
+        PromptTokenizer.from_folder(tmp_path, 1)
+
+
+async def test_template_has_the_tokens_that_only_an_older_file_names(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<bos>"}')
+    tokenizer = PromptTokenizer.from_folder(tmp_path, 1)
+    assert (await tokenizer.encode_chat(HELLO))[0] == BOS_ID
+
+
 async def test_chat_without_template_is_refused(tmp_path: Path) -> None:
     tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path, template=None), 1)
     assert not tokenizer.has_chat_template
