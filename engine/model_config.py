@@ -4,7 +4,6 @@ Every key either is used, is known to change no output, or is refused by name: a
 computed wrongly is never served.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,10 @@ from typing import Any
 
 from paceline.engine.rope import RopeConfig, read_rope
 from paceline.errors import ConfigError, UnsupportedModelError
+from paceline.model_files.end_tokens import EndSource, EndToken, merge_end_tokens, tokenizer_end
+from paceline.model_files.json_object import read_json_object, read_json_object_if_there
 
+GENERATION_CONFIG = "generation_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -119,8 +121,12 @@ class ModelConfig:
     """Of each layer: tokens that attention sees, the token itself included; None: all."""
     dtype: str
     """Precision that the folder names; float32 if it names none."""
-    eos_token_ids: tuple[int, ...]
-    """Tokens that end a sequence, from generation_config.json if there is one."""
+    end_tokens: tuple[EndToken, ...]
+    """Tokens that end a sequence, of config.json, generation_config.json and the tokenizer."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return tuple(token.token_id for token in self.end_tokens)
 
 
 class _Keys:
@@ -165,21 +171,32 @@ class _Keys:
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """Read config.json and generation_config.json of a model's folder.
+    """Read config.json, generation_config.json and the tokenizer's end token of a model's folder.
 
     Raises UnsupportedModelError naming the architecture or key that is not implemented, ConfigError
     if a file is missing or wrong.
     """
-    values = _read_json(folder / "config.json")
-    generation_path = folder / "generation_config.json"
-    generation = _read_json(generation_path) if generation_path.exists() else {}
-    return parse_model_config(values, generation, str(folder / "config.json"))
+    path = folder / "config.json"
+    if not path.exists():
+        raise ConfigError(
+            f"There is no {path.name} in {folder}: not a model's folder in Hugging Face's form. "
+            "Set model.path to a folder that has one, to a .gguf file, or to package:NAME."
+        )
+    values = read_json_object(path)
+    generation = read_json_object_if_there(folder / GENERATION_CONFIG)
+    return parse_model_config(values, generation, str(path), tokenizer_end(folder))
 
 
 def parse_model_config(
-    values: Mapping[str, Any], generation: Mapping[str, Any], source: str
+    values: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    source: str,
+    tokenizer: EndSource | None = None,
 ) -> ModelConfig:
-    """Turn the keys of config.json into a ModelConfig; `source` names them in errors."""
+    """Turn the keys of config.json into a ModelConfig; `source` names them in errors.
+
+    tokenizer: the tokenizer's end token.
+    """
     keys = _Keys(values, source)
     name, architecture = _architecture(keys)
     for key, value in ONLY.items():
@@ -222,7 +239,7 @@ def parse_model_config(
         qk_norm=architecture.qk_norm,
         windows=_windows(keys, architecture, num_layers),
         dtype=_dtype(keys),
-        eos_token_ids=_eos(keys, generation, vocab_size),
+        end_tokens=_end_tokens(keys, generation, tokenizer, vocab_size),
     )
     unread = keys.unread()
     if unread:
@@ -313,32 +330,12 @@ def _dtype(keys: _Keys) -> str:
     return name
 
 
-def _eos(keys: _Keys, generation: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
-    from_config = keys.get("eos_token_id", [])
-    value = generation.get("eos_token_id")
-    value = from_config if value is None else value
-    ids = tuple(int(token) for token in (value if isinstance(value, list) else [value]))
-    wrong = [token for token in ids if not 0 <= token < vocab_size]
-    if wrong:
-        raise ConfigError(
-            f"{keys.source} (or generation_config.json beside it) names the end-of-sequence token "
-            f"{wrong[0]}, and the vocabulary has {vocab_size} tokens. Correct the file."
-        )
-    return ids
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"There is no {path.name} in {path.parent}: not a model's folder in Hugging Face's "
-            "form. Set model.path to a folder that has one, to a .gguf file, or to package:NAME."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} cannot be read as JSON: {error}. Download the model again."
-        ) from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no JSON object. Download the model again.")
-    return values
+def _end_tokens(
+    keys: _Keys, generation: Mapping[str, Any], tokenizer: EndSource | None, vocab_size: int
+) -> tuple[EndToken, ...]:
+    path = Path(keys.source)
+    sources = [
+        EndSource(path, keys.get("eos_token_id", None)),
+        EndSource(path.with_name(GENERATION_CONFIG), generation.get("eos_token_id")),
+    ]
+    return merge_end_tokens([*sources, tokenizer] if tokenizer else sources, vocab_size)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny_models import write_tiny_model
 from typer.testing import CliRunner
 
 from paceline.cluster import lifecycle
@@ -86,6 +87,26 @@ def test_config_show_names_the_origin_of_each_value() -> None:
     assert found["model.path"]["where"].startswith("local.yaml line ")
     assert found["kv.block_tokens"]["source"] == "default"
     assert "--set decode.replicas=2" in run("config", "show", "--set", "decode.replicas=2")
+
+
+def test_config_show_lists_the_end_tokens_of_a_folder_and_their_files(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    override = f"model.path={tmp_path}"
+    entries = json.loads(run("config", "show", "--json", "--set", override))
+    ends = {entry["value"]: entry["where"] for entry in entries if entry["key"] == "end token"}
+    both = "config.json, generation_config.json, tokenizer_config.json"
+    assert ends == {2: both, 5: "generation_config.json"}
+    table = run("config", "show", "--set", override)
+    assert "end token" in table
+    assert "tokenizer_config.json" in table
+
+
+def test_config_show_works_without_the_model() -> None:
+    result = CliRunner().invoke(app, ["config", "show", "--set", "model.path=/no/such/model"])
+    assert result.exit_code == 0
+    assert "end token" not in result.stdout
+    assert "end tokens are not known: There is no /no/such/model" in result.stderr
 
 
 def test_check_reports_cores_memory_and_transports() -> None:

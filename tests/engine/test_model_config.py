@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import transformers
 from model_references import SHAPE
+from tiny_tokenizer import EOS_ID, write_tokenizer
 
 from paceline.engine.model_config import parse_model_config, read_model_config
 from paceline.engine.rope import RopeType
 from paceline.errors import ConfigError, UnsupportedModelError
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZER = "tokenizer_config.json"
 
 
 def make_config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
@@ -133,12 +137,63 @@ def test_windows_are_those_of_the_architecture(
     assert parse(architecture, **changes).windows == windows
 
 
-def test_end_of_sequence_comes_from_the_generation_config_first() -> None:
-    values = make_config(eos_token_id=3)
-    assert parse_model_config(values, {}, "x").eos_token_ids == (3,)
-    assert parse_model_config(values, {"eos_token_id": [5, 6]}, "x").eos_token_ids == (5, 6)
-    with pytest.raises(ConfigError, match="end-of-sequence token 97"):
-        parse_model_config(values, {"eos_token_id": 97}, "x")
+def write_folder(folder: Path, config: object, generation: object, tokenizer: str | None) -> Path:
+    """Write a folder with up to three end tokens; `tokenizer` is the text of one."""
+    values = make_config(vocab_size=300) | {"eos_token_id": config}
+    (folder / CONFIG).write_text(json.dumps(values))
+    (folder / GENERATION).write_text(json.dumps({"eos_token_id": generation}))
+    if tokenizer is not None:
+        write_tokenizer(folder)
+        (folder / TOKENIZER).write_text(json.dumps({"eos_token": tokenizer}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "tokenizer", "tokens"),
+    [
+        (None, None, None, {}),
+        (3, None, None, {3: (CONFIG,)}),
+        (None, [5, 6], None, {5: (GENERATION,), 6: (GENERATION,)}),
+        (3, [5, 3], None, {3: (CONFIG, GENERATION), 5: (GENERATION,)}),
+        (None, None, "<eos>", {EOS_ID: (TOKENIZER,)}),
+        (3, 0, "<eos>", {3: (CONFIG,), 0: (GENERATION,), EOS_ID: (TOKENIZER,)}),
+        (EOS_ID, EOS_ID, "<eos>", {EOS_ID: (CONFIG, GENERATION, TOKENIZER)}),
+    ],
+)
+def test_end_tokens_are_those_of_all_files(
+    config: object,
+    generation: object,
+    tokenizer: str | None,
+    tokens: dict[int, tuple[str, ...]],
+    tmp_path: Path,
+) -> None:
+    read = read_model_config(write_folder(tmp_path, config, generation, tokenizer))
+    assert dict(read.end_tokens) == tokens
+    assert read.eos_token_ids == tuple(tokens)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "tokenizer", "message"),
+    [
+        (300, None, None, r"/config\.json names the end-of-sequence token 300.*300 tokens"),
+        ([1, -1], None, None, r"/config\.json names the end-of-sequence token -1"),
+        (1, [300], None, r"/generation_config\.json names the end-of-sequence token 300"),
+        (1, ["</s>"], None, r"/generation_config\.json names the end-of-sequence token '</s>'"),
+        (True, None, None, r"/config\.json names the end-of-sequence token True"),
+    ],
+)
+def test_end_token_that_cannot_be_is_refused_with_its_file(
+    config: object, generation: object, tokenizer: str | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_model_config(write_folder(tmp_path, config, generation, tokenizer))
+
+
+def test_end_token_of_the_tokenizer_must_be_in_the_models_vocabulary(tmp_path: Path) -> None:
+    write_folder(tmp_path, None, None, "<eos>")
+    (tmp_path / "config.json").write_text(json.dumps(make_config(vocab_size=EOS_ID)))
+    with pytest.raises(ConfigError, match=rf"tokenizer_config\.json names .* {EOS_ID}, and"):
+        read_model_config(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "vocab_size"])
