@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paceline.engine.config_keys import ConfigKeys, check_generation
 from paceline.engine.rope import RopeConfig, read_rope
 from paceline.errors import ConfigError, UnsupportedModelError
 from paceline.model_files.end_tokens import EndSource, EndToken, merge_end_tokens, tokenizer_end
@@ -23,7 +24,7 @@ class Architecture:
     """What the architecture itself decides, without a key in config.json."""
 
     qkv_bias: bool | None
-    """None: the key attention_bias says."""
+    """None: the key attention_bias decides."""
     o_bias: bool | None
     qk_norm: bool
     window_by_layer: bool
@@ -46,52 +47,6 @@ MODEL_TYPES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
-}
-
-# Keys that describe training, the file, the tokenizer or the library, and change no output.
-HARMLESS = {
-    "_attn_implementation",
-    "_model_name_or_path",
-    "_name_or_path",
-    "attention_dropout",
-    "attn_implementation",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "embd_pdrop",
-    "gradient_checkpointing",
-    "hidden_dropout",
-    "id2label",
-    "initializer_range",
-    "is_decoder",
-    "is_encoder_decoder",
-    "is_llama_config",
-    "label2id",
-    "mlp_dropout",
-    "model_type",
-    "name_or_path",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "pretraining_tp",
-    "problem_type",
-    "resid_pdrop",
-    "return_dict",
-    "sep_token_id",
-    "tokenizer_class",
-    "transformers.js_config",
-    "transformers_version",
-    "unk_token_id",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_cache",
-}
-# Keys that change output unless they have this value.
-ONLY = {
-    "add_cross_attention": False,
-    "hidden_act": "silu",
-    "partial_rotary_factor": 1.0,
-    "rope_interleaved": False,
-    "use_mrope": False,
 }
 
 
@@ -129,47 +84,6 @@ class ModelConfig:
         return tuple(token.token_id for token in self.end_tokens)
 
 
-class _Keys:
-    """The keys of a config.json; remembers which were read."""
-
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self._values = {key: value for key, value in values.items() if value is not None}
-        self._nulls = {key for key, value in values.items() if value is None}
-        self._read: set[str] = set()
-        self.source = source
-
-    def get(self, key: str, default: Any) -> Any:
-        self._read.add(key)
-        return self._values.get(key, default)
-
-    def number(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if value is None:
-            raise ConfigError(
-                f"{self.source} has no {key}, without which the model's shape is unknown. "
-                "Set model.path to a folder with a complete config.json."
-            )
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(
-                f"{self.source} says {key} = {value!r}, and it must be a whole number of at least "
-                "1. Correct the file."
-            )
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        return bool(self.get(key, default))
-
-    def has(self, key: str) -> bool:
-        return key in self._values
-
-    def is_null(self, key: str) -> bool:
-        """Whether the key is there and null, which can mean something else than its absence."""
-        return key in self._nulls
-
-    def unread(self) -> list[str]:
-        return sorted(set(self._values) - self._read - HARMLESS)
-
-
 def read_model_config(folder: Path) -> ModelConfig:
     """Read config.json, generation_config.json and the tokenizer's end token of a model's folder.
 
@@ -197,21 +111,16 @@ def parse_model_config(
 
     tokenizer: the tokenizer's end token.
     """
-    keys = _Keys(values, source)
+    keys = ConfigKeys(values, source)
     name, architecture = _architecture(keys)
-    for key, value in ONLY.items():
-        if keys.get(key, value) != value:
-            raise UnsupportedModelError(
-                f"{source} sets {key} to {keys.get(key, value)!r}, and only {value!r} is "
-                "implemented. Choose another model."
-            )
+    keys.check_values()
+    check_generation(generation, str(Path(source).with_name(GENERATION_CONFIG)))
     hidden_size = keys.number("hidden_size")
     num_heads = keys.number("num_attention_heads")
     num_layers = keys.number("num_hidden_layers")
     max_position = keys.number("max_position_embeddings")
-    num_kv_heads = keys.number(
-        "num_key_value_heads", num_heads if name == "LlamaForCausalLM" else None
-    )
+    is_as_many = name == "LlamaForCausalLM" or keys.is_null("num_key_value_heads")
+    num_kv_heads = keys.number("num_key_value_heads", num_heads if is_as_many else None)
     if num_heads % num_kv_heads:
         raise ConfigError(
             f"{source} has {num_heads} attention heads and {num_kv_heads} key-value heads: the "
@@ -228,7 +137,7 @@ def parse_model_config(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=keys.number("head_dim", architecture.head_dim or hidden_size // num_heads),
-        rms_norm_eps=float(keys.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=keys.real("rms_norm_eps", 1e-6),
         rope=_rope(keys, max_position),
         max_position_embeddings=max_position,
         tie_word_embeddings=keys.flag("tie_word_embeddings", False),
@@ -237,7 +146,7 @@ def parse_model_config(
         o_bias=qkv_bias if architecture.o_bias is None else architecture.o_bias,
         mlp_bias=_bias(keys, "mlp_bias", architecture.mlp_bias),
         qk_norm=architecture.qk_norm,
-        windows=_windows(keys, architecture, num_layers),
+        windows=_windows(keys, architecture, num_layers, max_position),
         dtype=_dtype(keys),
         end_tokens=_end_tokens(keys, generation, tokenizer, vocab_size),
     )
@@ -256,10 +165,18 @@ def parse_model_config(
     return config
 
 
-def _architecture(keys: _Keys) -> tuple[str, Architecture]:
-    names = keys.get("architectures", [MODEL_TYPES.get(str(keys.get("model_type", "")), "")])
+def _architecture(keys: ConfigKeys) -> tuple[str, Architecture]:
+    model_type = str(keys.get("model_type", ""))
+    by_type = MODEL_TYPES.get(model_type, "")
+    names = keys.get("architectures", None) or [by_type]
     for name in names if isinstance(names, list) else [names]:
         if name in ARCHITECTURES:
+            if model_type and by_type != name:
+                raise UnsupportedModelError(
+                    f"{keys.source} names the architecture {name} and the model_type "
+                    f"{model_type!r}, which are two different models. Correct the file, or choose "
+                    "another model."
+                )
             return name, ARCHITECTURES[name]
     found = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
     raise UnsupportedModelError(
@@ -268,19 +185,18 @@ def _architecture(keys: _Keys) -> tuple[str, Architecture]:
     )
 
 
-def _bias(keys: _Keys, key: str, fixed: bool | None) -> bool:
-    value = keys.flag(key, bool(fixed))
-    if fixed is not None and value != fixed:
-        raise UnsupportedModelError(
-            f"{keys.source} sets {key} to {value}, and this architecture is implemented with "
-            f"{fixed} alone. Choose another model."
-        )
-    return value
+def _bias(keys: ConfigKeys, key: str, fixed: bool | None) -> bool:
+    """Read a key, unless the architecture itself decides, as in transformers.
+
+    Then the key changes nothing: biases in the files would be tensors that are not expected.
+    """
+    value = keys.flag(key, False)
+    return value if fixed is None else fixed
 
 
-def _rope(keys: _Keys, max_position: int) -> RopeConfig:
+def _rope(keys: ConfigKeys, max_position: int) -> RopeConfig:
     """The newer rope_parameters holds all; the older form is rope_theta beside rope_scaling."""
-    theta = float(keys.get("rope_theta", 10000.0))
+    theta = keys.real("rope_theta", 10000.0)
     newer, older = keys.get("rope_parameters", {}), keys.get("rope_scaling", {})
     for name, value in (("rope_parameters", newer), ("rope_scaling", older)):
         if not isinstance(value, dict) or any(isinstance(part, dict) for part in value.values()):
@@ -288,23 +204,65 @@ def _rope(keys: _Keys, max_position: int) -> RopeConfig:
                 f"{keys.source} has {name} = {value!r}: parameters by kind of layer are not "
                 "implemented. Choose another model."
             )
-    if newer and older:
+    rope = read_rope(newer or older, theta, max_position)
+    if newer and older and read_rope(older, rope.theta, max_position) != rope:
         raise UnsupportedModelError(
-            f"{keys.source} has both rope_parameters and rope_scaling, and which holds is "
+            f"{keys.source} has rope_parameters and rope_scaling that differ, and which holds is "
             "unclear. Remove the one that the model was not trained with."
         )
-    return read_rope(newer or older, theta, max_position)
+    if keys.has("rope_theta") and rope.theta != theta:
+        raise UnsupportedModelError(
+            f"{keys.source} says rope_theta = {theta} and, within the rope parameters, "
+            f"{rope.theta}: which holds is unclear. Remove the wrong one."
+        )
+    return rope
 
 
-def _windows(keys: _Keys, architecture: Architecture, num_layers: int) -> tuple[int | None, ...]:
-    if not architecture.window_by_layer:
-        if architecture.window is None or keys.is_null("sliding_window"):
-            return (None,) * num_layers
-        return (keys.number("sliding_window", architecture.window),) * num_layers
+def _windows(
+    keys: ConfigKeys, architecture: Architecture, num_layers: int, max_position: int
+) -> tuple[int | None, ...]:
+    if architecture.window_by_layer:
+        return _windows_by_layer(keys, num_layers)
+    window = None
+    if architecture.window is not None and not keys.is_null("sliding_window"):
+        window = keys.number("sliding_window", architecture.window)
+    uses = keys.flag("use_sliding_window", window is not None)
+    if uses != (window is not None):
+        raise UnsupportedModelError(
+            f"{keys.source} says use_sliding_window = {uses}, and this architecture "
+            f"{'always' if window else 'never'} has a window. Set sliding_window to null, or "
+            "choose another model."
+        )
+    keys.get("max_window_layers", None)  # read by the architectures with windows by layer
+    if not uses:
+        _read_unused_window(keys, max_position)
+    kind = "full_attention" if window is None else "sliding_attention"
+    if keys.get("layer_types", None) not in (None, [], [kind] * num_layers):
+        raise UnsupportedModelError(
+            f"{keys.source} has layer_types other than {kind} for all {num_layers} layers, which "
+            "is not implemented for this architecture. Choose another model."
+        )
+    return (window,) * num_layers
+
+
+def _read_unused_window(keys: ConfigKeys, max_position: int) -> None:
+    """Accept a window that is switched off, or no shorter than any sequence."""
+    if keys.has("use_sliding_window") or keys.is_null("sliding_window"):
+        keys.get("sliding_window", None)
+    elif keys.has("sliding_window") and keys.number("sliding_window") < max_position:
+        raise UnsupportedModelError(
+            f"{keys.source} sets sliding_window, which this architecture does not have: ignoring "
+            "it could change the model's output. Set use_sliding_window to false if the model was "
+            "trained without a window, or choose another model."
+        )
+
+
+def _windows_by_layer(keys: ConfigKeys, num_layers: int) -> tuple[int | None, ...]:
     used = keys.flag("use_sliding_window", False)
-    window_or_none = keys.get("sliding_window", 4096) if used else None
+    # Read always: without a window it changes nothing.
+    window = keys.get("sliding_window", None if keys.is_null("sliding_window") else 4096)
+    window_or_none = window if used else None
     first = keys.get("max_window_layers", 28)
-    keys.get("sliding_window", None)
     kinds = keys.get("layer_types", None) or [
         "sliding_attention" if window_or_none is not None and layer >= first else "full_attention"
         for layer in range(num_layers)
@@ -319,7 +277,7 @@ def _windows(keys: _Keys, architecture: Architecture, num_layers: int) -> tuple[
     return tuple(window_or_none if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _dtype(keys: _Keys) -> str:
+def _dtype(keys: ConfigKeys) -> str:
     older = keys.get("torch_dtype", "float32")
     name = str(keys.get("dtype", older)).removeprefix("torch.")
     if name not in DTYPES:
@@ -331,7 +289,7 @@ def _dtype(keys: _Keys) -> str:
 
 
 def _end_tokens(
-    keys: _Keys, generation: Mapping[str, Any], tokenizer: EndSource | None, vocab_size: int
+    keys: ConfigKeys, generation: Mapping[str, Any], tokenizer: EndSource | None, vocab_size: int
 ) -> tuple[EndToken, ...]:
     path = Path(keys.source)
     sources = [

@@ -66,8 +66,13 @@ def read_rope(values: Mapping[str, object], theta: float, max_position: int) -> 
     Raises UnsupportedModelError for a type or a key that is not implemented, naming it.
     """
     given = {key: value for key, value in values.items() if value is not None}
-    name = given.pop("rope_type", given.pop("type", "default"))
-    given.pop("type", None)
+    older_name = given.pop("type", None)
+    name = given.pop("rope_type", older_name or "default")
+    if older_name not in (None, name):
+        raise UnsupportedModelError(
+            f"The model's rope parameters say rope_type {name!r} and type {older_name!r}. "
+            "Correct its config.json."
+        )
     try:
         rope_type = RopeType(name)
     except ValueError:
@@ -84,6 +89,11 @@ def read_rope(values: Mapping[str, object], theta: float, max_position: int) -> 
     theta = _number(given, "rope_theta", theta)
     given.pop("rope_theta", None)
     given.pop("partial_rotary_factor", None)
+    given.pop("finetuned", None)  # how the model was trained, not how it computes
+    if rope_type in (RopeType.DEFAULT, RopeType.LINEAR):
+        given.pop("original_max_position_embeddings", None)
+    if rope_type is RopeType.DEFAULT and given.get("factor") == 1.0:
+        given.pop("factor")
     unknown = sorted(set(given) - _KEYS[rope_type])
     if unknown:
         raise UnsupportedModelError(

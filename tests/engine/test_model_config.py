@@ -1,6 +1,9 @@
 """config.json: what is implemented is read, and everything else is refused by name."""
 
+import importlib
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,74 @@ import transformers
 from model_references import SHAPE
 from tiny_tokenizer import EOS_ID, write_tokenizer
 
+from paceline.engine.config_keys import HARMLESS
 from paceline.engine.model_config import parse_model_config, read_model_config
 from paceline.engine.rope import RopeType
 from paceline.errors import ConfigError, UnsupportedModelError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER = "tokenizer_config.json"
+
+
+DEFAULTS_OF_TRANSFORMERS_4: dict[str, Any] = {
+    "_attn_implementation_autoset": True,
+    "_name_or_path": "",
+    "add_cross_attention": False,
+    "attention_dropout": 0.0,
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": None,
+    "decoder_start_token_id": None,
+    "diversity_penalty": 0.0,
+    "do_sample": False,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "finetuning_task": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "hidden_act": "silu",
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "length_penalty": 1.0,
+    "max_length": 20,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "prefix": None,
+    "pretraining_tp": 1,
+    "problem_type": None,
+    "pruned_heads": {},
+    "remove_invalid_values": False,
+    "repetition_penalty": 1.0,
+    "return_dict": True,
+    "return_dict_in_generate": False,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "sep_token_id": None,
+    "suppress_tokens": None,
+    "task_specific_params": None,
+    "temperature": 1.0,
+    "tf_legacy_loss": False,
+    "tie_encoder_decoder": False,
+    "tokenizer_class": None,
+    "top_k": 50,
+    "top_p": 1.0,
+    "torch_dtype": None,
+    "torchscript": False,
+    "transformers_version": "4.51.3",
+    "typical_p": 1.0,
+    "use_bfloat16": False,
+    "use_cache": True,
+}
 
 
 def make_config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
@@ -62,9 +127,13 @@ def test_unsupported_architecture_is_refused_with_the_list_of_supported_ones() -
         ("LlamaForCausalLM", "sliding_window", 128),
         ("LlamaForCausalLM", "partial_rotary_factor", 0.5),
         ("LlamaForCausalLM", "rope_interleaved", True),
-        ("MistralForCausalLM", "attention_bias", True),
+        ("LlamaForCausalLM", "use_sliding_window", True),
+        ("LlamaForCausalLM", "per_layer_config", {"0": {"head_dim": 8}}),
+        ("LlamaForCausalLM", "suppress_tokens", [3]),
+        ("LlamaForCausalLM", "alibi", True),
+        ("LlamaForCausalLM", "layer_types", ["sliding_attention"] * 3),
+        ("MistralForCausalLM", "use_sliding_window", False),
         ("MistralForCausalLM", "layer_types", ["full_attention"] * 3),
-        ("Qwen2ForCausalLM", "mlp_bias", True),
         ("Qwen2ForCausalLM", "use_mrope", True),
         ("Qwen3ForCausalLM", "residual_multiplier", 0.5),
     ],
@@ -77,6 +146,102 @@ def test_key_that_would_change_output_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("LlamaForCausalLM", {"hidden_act": "swish"}),
+        ("LlamaForCausalLM", {"pruned_heads": {}}),
+        ("LlamaForCausalLM", {"quantization_config": {}}),
+        ("LlamaForCausalLM", {"use_sliding_window": False}),
+        ("LlamaForCausalLM", {"use_sliding_window": False, "sliding_window": 64}),
+        ("LlamaForCausalLM", {"sliding_window": 512}),
+        ("LlamaForCausalLM", {"sliding_window": None, "max_window_layers": 28}),
+        ("LlamaForCausalLM", {"layer_types": ["full_attention"] * 3}),
+        ("LlamaForCausalLM", {"head_dim": None, "rope_scaling": None, "num_experts": 0}),
+        ("LlamaForCausalLM", {"rope_scaling": {"type": "default"}}),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "default", "factor": 1.0}}),
+        ("LlamaForCausalLM", {"residual_multiplier": 1.0, "logit_scale": 1}),
+        ("LlamaForCausalLM", {"temperature": 0.6, "top_p": 0.9, "max_length": 4096}),
+        ("LlamaForCausalLM", {"model_type": "llama"}),
+        ("LlamaForCausalLM", {"some_new_key": {}}),
+        ("MistralForCausalLM", {"attention_bias": True}),
+        ("MistralForCausalLM", {"attention_bias": False, "mlp_bias": False}),
+        ("MistralForCausalLM", {"use_sliding_window": True, "sliding_window": 4096}),
+        ("MistralForCausalLM", {"use_sliding_window": False, "sliding_window": None}),
+        ("MistralForCausalLM", {"layer_types": ["sliding_attention"] * 3}),
+        ("Qwen2ForCausalLM", {"mlp_bias": True, "attention_bias": False}),
+        ("Qwen2ForCausalLM", {"num_key_value_heads": None}),
+    ],
+)
+def test_key_that_changes_nothing_is_accepted(architecture: str, changes: dict[str, Any]) -> None:
+    """The model is the one without these keys, but for what they say themselves."""
+    same = {key: value for key, value in changes.items() if key == "num_key_value_heads"}
+    if architecture == "MistralForCausalLM" and "sliding_window" in changes:
+        same["sliding_window"] = changes["sliding_window"]
+    assert parse(architecture, **changes) == parse(architecture, **same)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"],
+)
+def test_every_default_that_transformers_4_wrote_is_understood(architecture: str) -> None:
+    assert parse(architecture, **DEFAULTS_OF_TRANSFORMERS_4) == parse(architecture)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+def test_no_key_that_the_model_of_transformers_reads_is_passed_over(name: str) -> None:
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    read = set(re.findall(r"\bconfig\.(\w+)", inspect.getsource(module)))
+    # Dropout is for training; padding is not in a batch of ours.
+    unlike = {"attention_dropout", "pad_token_id", "_attn_implementation"}
+    assert {"hidden_size", "rms_norm_eps"} <= read
+    assert read & HARMLESS == unlike & read
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantised by gptq to 4 bits"),
+        ({"quant_method": "fp8"}, "quantised by fp8,"),
+        ({"load_in_4bit": True}, "by a method that it does not name"),
+    ],
+)
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_quantised_model_is_refused_with_the_method(
+    key: str, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        parse(**{key: config})
+
+
+@pytest.mark.parametrize(
+    "key", ["tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"]
+)
+@pytest.mark.parametrize("value", ["false", 0, 1, []])
+def test_flag_that_is_neither_true_nor_false_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} = .* must be true or false"):
+        parse(**{key: value})
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
+@pytest.mark.parametrize("value", ["1e-6", 0, -1, True, float("nan")])
+def test_number_that_cannot_be_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} = .* number above 0"):
+        parse(**{key: value})
+
+
+def test_model_type_of_another_architecture_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="model_type 'mistral'"):
+        parse(model_type="mistral")
+
+
+def test_generation_config_that_changes_every_answer_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"generation_config\.json sets stop_strings"):
+        parse_model_config(make_config(), {"stop_strings": ["x"]}, "config.json")
+    parse_model_config(make_config(), {"temperature": 0.6, "stop_strings": None}, "config.json")
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
@@ -86,6 +251,13 @@ def test_key_that_would_change_output_is_refused_by_name(
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
         {"rope_scaling": {"rope_type": "linear", "factor": "two"}},
+        {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "default", "factor": 2.0}},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+        },
     ],
 )
 def test_scaling_of_rope_that_is_not_implemented_is_refused(changes: dict[str, Any]) -> None:
@@ -106,6 +278,18 @@ def test_old_and_new_form_of_rope_say_the_same() -> None:
     assert old.rope == new.rope
     assert old.rope.type is RopeType.LLAMA3
     assert old.rope.theta == 5e5
+
+
+def test_both_forms_of_rope_may_say_the_same() -> None:
+    linear = {"rope_type": "linear", "factor": 2.0}
+    both = parse(rope_theta=5e5, rope_scaling=linear, rope_parameters=linear | {"rope_theta": 5e5})
+    assert both.rope == parse(rope_theta=5e5, rope_scaling=linear).rope
+
+
+def test_how_yarn_was_trained_changes_nothing() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    with_key = parse(rope_scaling=yarn | {"finetuned": True})
+    assert with_key == parse(rope_scaling=yarn)
 
 
 @pytest.mark.parametrize(

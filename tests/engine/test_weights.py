@@ -77,6 +77,16 @@ def test_wrong_tensors_are_all_named(tmp_path: Path) -> None:
     assert f"model.norm.weight [{hidden + 1}] instead of [{hidden}]" in message
 
 
+def test_biases_of_an_architecture_without_any_are_refused(tmp_path: Path) -> None:
+    """The key attention_bias says nothing there, so the tensors decide."""
+    write_model(tmp_path, "MistralForCausalLM")
+    path = tmp_path / "model.safetensors"
+    name = "model.layers.0.self_attn.q_proj.bias"
+    save_file(load_file(path) | {name: torch.zeros(64)}, path)
+    with pytest.raises(ConfigError, match=f"1 unexpected: {name}"):
+        load(tmp_path)
+
+
 def test_tied_head_may_be_in_the_file_and_is_the_embedding(tmp_path: Path) -> None:
     write_model(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
     tensors = load_file(tmp_path / "model.safetensors")
