@@ -1,7 +1,7 @@
 """Tokens that end a sequence: all that config.json, generation_config.json and the tokenizer name.
 
-vLLM and transformers stop at any of them too. Files often name different ones: config.json that of
-the base model, the tokenizer that of a turn of chat.
+Files often name different ones: config.json that of the base model, the tokenizer the one that ends
+a turn of chat. vLLM likewise adds those of generation_config.json to the tokenizer's.
 """
 
 from collections.abc import Iterable

@@ -132,8 +132,10 @@ def _check_role_ids(roles: Mapping[str, RoleToken], config: Mapping[str, Any], p
 
 def _check_prefix_space(tokenizer: Tokenizer, config: Mapping[str, Any], path: Path) -> None:
     wanted = optional_flag(config, "add_prefix_space", path)
+    if wanted is None:
+        return
     adds = _adds_prefix_space(json.loads(tokenizer.to_str(pretty=False)))
-    if wanted is not None and adds is not None and wanted != adds:
+    if adds is not None and wanted != adds:
         raise ConfigError(
             f"{path} sets add_prefix_space to {wanted}, and tokenizer.json does the opposite: "
             "versions of transformers disagree about which holds. Save the tokenizer again, or "
