@@ -23,10 +23,8 @@ from paceline.engine.device_weights import (
 from paceline.engine.model_config import ModelConfig
 from paceline.engine.parallel import ParallelContext
 from paceline.engine.tensor_files import TensorFiles, check_tensors
-from paceline.engine.weight_files import join_names
 from paceline.errors import ConfigError
 
-PAGE_BYTES = 4096
 DUMMY_SEED = 0
 DUMMY_DEVIATION = 0.02
 
@@ -116,11 +114,11 @@ def load_weights(
     another shape, of integers, or not finite; CapacityError if they do not fit on the device.
     """
     with open_parts(folder, config, parallel) as parts:
-        if device.type != "cpu":
-            tensors = copy_to_device(parts, dtype, device, on_bytes)
-        else:
-            tensors = _map(parts, dtype, on_bytes)
-        _check_finite(tensors, folder, dtype)
+        if device.type == "cpu":
+            return _map(parts, dtype, on_bytes, folder)
+        tensors = copy_to_device(parts, dtype, device, on_bytes)
+    for name, tensor in tensors.items():
+        _check_finite(name, tensor, folder)
     return tensors
 
 
@@ -202,17 +200,17 @@ def _check(files: TensorFiles, specs: Sequence[TensorSpec], config: ModelConfig)
     )
 
 
-def _check_finite(tensors: Mapping[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> None:
-    """Refuse infinities and NaNs: of the files, or of a conversion to a narrower range."""
-    bounds = {name: torch.stack(torch.aminmax(tensor)) for name, tensor in tensors.items()}
-    finite = torch.stack([bound.isfinite().all() for bound in bounds.values()]).tolist()
-    wrong = [name for name, is_finite in zip(bounds, finite, strict=True) if not is_finite]
-    if wrong:
+def _check_finite(name: str, tensor: torch.Tensor, folder: Path) -> None:
+    """Refuse infinities and NaNs: of the files, or of a conversion to a narrower range.
+
+    Reads every page of a mapped tensor, so that the first step does not wait for the disk.
+    """
+    bounds = torch.stack(torch.aminmax(tensor))
+    if not bounds.isfinite().all():
         raise ConfigError(
-            f"{len(wrong)} weights of {folder} are infinite or not a number in {dtype}: "
-            f"{join_names(wrong)}. If the files have another dtype, its values may be too large "
-            "for this one: set model.dtype to bfloat16 or float32. Otherwise download the model "
-            "again."
+            f"The weight {name} of {folder} is infinite or not a number in {tensor.dtype}. If the "
+            "files have another dtype, its values may be too large for this one: set model.dtype "
+            "to bfloat16 or float32. Otherwise download the model again."
         )
 
 
@@ -246,25 +244,15 @@ def _share(shape: tuple[int, ...], axis: int | None, parallel: ParallelContext) 
 
 
 def _map(
-    parts: Mapping[str, Sequence[torch.Tensor]], dtype: torch.dtype, on_bytes: OnBytes
+    parts: Mapping[str, Sequence[torch.Tensor]], dtype: torch.dtype, on_bytes: OnBytes, folder: Path
 ) -> dict[str, torch.Tensor]:
     total = sum(part.numel() for pieces in parts.values() for part in pieces) * dtype.itemsize
     done = 0
     tensors: dict[str, torch.Tensor] = {}
     for name, pieces in parts.items():
-        tensors[name] = _join(pieces, dtype)
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+        tensors[name] = whole.to(dtype).contiguous()
+        _check_finite(name, tensors[name], folder)
         done += tensors[name].nbytes
         on_bytes(done, total)
     return tensors
-
-
-def _join(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    tensor = (parts[0] if len(parts) == 1 else torch.cat(list(parts))).to(dtype)
-    tensor = tensor.contiguous()
-    _touch(tensor)
-    return tensor
-
-
-def _touch(tensor: torch.Tensor) -> None:
-    """Read a byte of every page, so that the first step does not wait for the disk."""
-    tensor.view(-1).view(torch.uint8)[::PAGE_BYTES].sum()
