@@ -3,6 +3,7 @@
 A key that is neither here nor read by model_config is refused by name.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -167,7 +168,8 @@ class ConfigKeys:
 
     def real(self, key: str, default: float) -> float:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
             raise ConfigError(
                 f"{self.source} says {key} = {value!r}, and it must be a number above 0. "
                 "Correct the file."

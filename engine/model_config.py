@@ -280,6 +280,11 @@ def _windows_by_layer(keys: ConfigKeys, num_layers: int) -> tuple[int | None, ..
 def _dtype(keys: ConfigKeys) -> str:
     older = keys.get("torch_dtype", "float32")
     name = str(keys.get("dtype", older)).removeprefix("torch.")
+    if keys.has("torch_dtype") and name != str(older).removeprefix("torch."):
+        raise ConfigError(
+            f"{keys.source} says dtype {name!r} and torch_dtype {older!r}, and which holds is "
+            "unclear. Remove the wrong one."
+        )
     if name not in DTYPES:
         raise UnsupportedModelError(
             f"{keys.source} says dtype {name!r}; implemented are {', '.join(DTYPES)}. "

@@ -108,7 +108,18 @@ def read_rope(values: Mapping[str, object], theta: float, max_position: int) -> 
             f"The model's rope_type is {name!r}, and its parameters lack {', '.join(missing)}. "
             "Correct its config.json."
         )
+    if not isinstance(given.get("truncate", True), bool):
+        raise UnsupportedModelError(
+            f"The model's rope parameter truncate is {given['truncate']!r}, neither true nor "
+            "false. Correct its config.json."
+        )
     factor = _number(given, "factor", 1.0)
+    low, high = _number(given, "low_freq_factor", 1.0), _number(given, "high_freq_factor", 4.0)
+    if low >= high:
+        raise UnsupportedModelError(
+            f"The model's rope parameters have a low_freq_factor of {low} and a high_freq_factor "
+            f"of {high}; the second must be larger. Correct its config.json."
+        )
     return RopeConfig(
         theta=theta,
         type=rope_type,
@@ -116,8 +127,8 @@ def read_rope(values: Mapping[str, object], theta: float, max_position: int) -> 
         original_max_position=int(
             _number(given, "original_max_position_embeddings", float(max_position))
         ),
-        low_freq_factor=_number(given, "low_freq_factor", 1.0),
-        high_freq_factor=_number(given, "high_freq_factor", 4.0),
+        low_freq_factor=low,
+        high_freq_factor=high,
         beta_fast=_number(given, "beta_fast", 32.0),
         beta_slow=_number(given, "beta_slow", 1.0),
         truncate=bool(given.get("truncate", True)),
@@ -182,8 +193,9 @@ def _yarn_attention(given: Mapping[str, object], factor: float) -> float:
 
 def _number(given: Mapping[str, object], key: str, default: float) -> float:
     value = given.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UnsupportedModelError(
-            f"The model's rope parameter {key} is {value!r}, not a number. Correct its config.json."
+            f"The model's rope parameter {key} is {value!r}, not a number above 0. Correct its "
+            "config.json."
         )
     return float(value)

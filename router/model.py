@@ -15,4 +15,4 @@ class ServedModel:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     tokenizer_folder: Path
-    """Has tokenizer.json, and tokenizer_config.json or chat_template.jinja for chat"""
+    """Has tokenizer.json and the files that add to it: docs/model-folder.md"""

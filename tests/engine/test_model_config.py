@@ -224,10 +224,16 @@ def test_flag_that_is_neither_true_nor_false_is_refused(key: str, value: object)
 
 
 @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
-@pytest.mark.parametrize("value", ["1e-6", 0, -1, True, float("nan")])
+@pytest.mark.parametrize("value", ["1e-6", 0, -1, True, float("nan"), float("inf")])
 def test_number_that_cannot_be_is_refused(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"{key} = .* number above 0"):
         parse(**{key: value})
+
+
+def test_two_dtypes_that_differ_are_refused() -> None:
+    assert parse(dtype="bfloat16", torch_dtype="torch.bfloat16").dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="dtype 'bfloat16' and torch_dtype 'float32'"):
+        parse(dtype="bfloat16", torch_dtype="float32")
 
 
 def test_model_type_of_another_architecture_is_refused() -> None:
@@ -253,6 +259,18 @@ def test_generation_config_that_changes_every_answer_is_refused() -> None:
         {"rope_scaling": {"rope_type": "linear", "factor": "two"}},
         {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "default", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": float("inf")}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": "false"}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": -1}},
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 4.0,
+            }
+        },
         {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         {
             "rope_scaling": {"rope_type": "linear", "factor": 2.0},
@@ -404,6 +422,9 @@ def test_config_that_is_missing_or_no_json_is_named(tmp_path: Path) -> None:
         read_model_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 3, "a": [{"b": 1, "b": 1}]}')
+    with pytest.raises(ConfigError, match="the key 'b' is there twice"):
         read_model_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps([1]))
     with pytest.raises(ConfigError, match="no JSON object"):

@@ -201,6 +201,14 @@ def test_classes_with_tokens_of_their_own_have_them(tmp_path: Path) -> None:
     assert texts(read_tokenizer(tmp_path)) == reference.special_tokens_map
 
 
+def test_tokenizer_that_makes_tokens_at_random_is_refused(tmp_path: Path) -> None:
+    backend = json.loads(byte_tokenizer().to_str())
+    backend["model"]["dropout"] = 0.1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+    with pytest.raises(UnsupportedModelError, match="dropout"):
+        read_tokenizer(tmp_path)
+
+
 def test_files_are_read_as_utf_8(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "added_tokens.json").write_bytes(f'{{"<｜é｜>": {FIRST_NEW_ID}}}'.encode())

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, processors
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, UnsupportedModelError
 from paceline.model_files.json_object import read_json_object_if_there
 from paceline.model_files.special_tokens import (
     TOKENIZER_CONFIG,
@@ -71,6 +71,11 @@ def _read_backend(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no narrower class
         raise ConfigError(f"{path} is not a tokenizer that can be read: {error}") from error
+    if getattr(tokenizer.model, "dropout", None):
+        raise UnsupportedModelError(
+            f"{path} sets dropout, which makes other tokens of a text each time. It is for "
+            "training: set it to null."
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
