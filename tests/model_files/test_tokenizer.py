@@ -1,7 +1,7 @@
 """A folder's tokenizer: whatever file names a special token, ids are those of transformers."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -199,6 +199,41 @@ def test_classes_with_tokens_of_their_own_have_them(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
     reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert texts(read_tokenizer(tmp_path)) == reference.special_tokens_map
+
+
+def qwen_tokenizer(**options: Any) -> Any:
+    vocab = byte_tokenizer().get_vocab() | {"he": 300, "<|endoftext|>": 301}
+    return transformers.Qwen2Tokenizer(vocab=vocab, merges=[("h", "e")], **options)
+
+
+def llama_tokenizer(**options: Any) -> Any:
+    letters = ["▁", *"Helowrd", "▁w"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    vocab = {piece: token_id for token_id, piece in enumerate(pieces)}
+    return transformers.LlamaTokenizer(vocab=vocab, merges=[("▁", "w")], **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (qwen_tokenizer, {}),
+        (qwen_tokenizer, {"eos_token": "<|im_end|>", "extra_special_tokens": ["<s>"]}),
+        (llama_tokenizer, {}),
+        (llama_tokenizer, {"add_bos_token": True}),
+        (llama_tokenizer, {"add_bos_token": False, "add_eos_token": True}),
+        (llama_tokenizer, {"add_prefix_space": False}),
+        (llama_tokenizer, {"pad_token": "<|im_end|>", "legacy": True}),
+    ],
+)
+def test_folders_that_transformers_writes_for_each_family_give_its_ids(
+    make: Callable[..., Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    make(**options).save_pretrained(tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = read_tokenizer(tmp_path)
+    text = "Hello  world, it's <|im_end|> 1234\n\n é世界 <s> x </s>"
+    assert encode(ours, text) == reference(text).input_ids
+    assert texts(ours) == reference.special_tokens_map
 
 
 def test_tokenizer_that_makes_tokens_at_random_is_refused(tmp_path: Path) -> None:
