@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from paceline.engine.chunking import PrefillProgress
+from paceline.engine.chunking import ChunkTime, PrefillProgress
 from paceline.engine.prefix_cache import ChainPosition
 from paceline.engine.step_plan import Int32Array
 from paceline.engine.stop_conditions import StopConditions
@@ -141,6 +141,8 @@ class Attempt(PrefillProgress):
     reads_ended: bool = False
     held_back: list[OutputToken] = field(default_factory=list)
     """Output of an unconfirmed attempt, in order."""
+    chunk_times: list[ChunkTime] = field(default_factory=list)
+    """Of a context that is computed here."""
     running_s: float | None = None
     num_output_tokens: int = 0
 

@@ -12,6 +12,7 @@ from paceline.failpoints import Failpoints
 from paceline.kv_transfer.lease import FirstToken
 from paceline.request import AttemptKey, Span, Work
 from paceline.worker.core import LoadReport, Peer, RouterPort
+from paceline.worker.prefill_spans import prefill_spans
 
 
 class Importer(Protocol):
@@ -120,7 +121,11 @@ class DecodeCore:
         self._scheduler.check_integrity()
 
     def _emit(self, step: DecodeStep) -> None:
-        """Send what may leave the worker: tokens before what is said of their attempt later."""
+        """Send what may leave the worker, in the order in which the router needs it."""
+        for prefilled in step.prefilled:
+            spans = prefill_spans(self._worker_id, prefilled.chunk_times, self._unix_offset_s)
+            # Before the tokens: the router may end the request with the first one.
+            self._routers.send_phase(prefilled.session, prefilled.key, spans, 0, "")
         for session, output in step.outputs.items():
             self._failpoints.hit("token")
             self._routers.send_output(session, output)

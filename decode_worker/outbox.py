@@ -4,7 +4,12 @@ import numpy as np
 import numpy.typing as npt
 
 from paceline.decode_worker.attempts import OutputToken
-from paceline.decode_worker.outcomes import DecodeStep, EndedAttempt, SequenceFailure
+from paceline.decode_worker.outcomes import (
+    DecodeStep,
+    EndedAttempt,
+    PrefilledAttempt,
+    SequenceFailure,
+)
 from paceline.request import AttemptKey, FinishReason
 from paceline.worker.step_output import StepOutput
 
@@ -19,6 +24,7 @@ class Outbox:
     def __init__(self) -> None:
         self._tokens: dict[int, list[OutputToken]] = {}
         self._outputs: dict[int, StepOutput] = {}
+        self._prefilled: list[PrefilledAttempt] = []
         self._failures: list[SequenceFailure] = []
         self._abandoned_imports: list[AttemptKey] = []
         self._ended: list[EndedAttempt] = []
@@ -55,6 +61,9 @@ class Outbox:
                 {number_of[i]: top for i, top in output.logprobs.items() if i in number_of},
             )
 
+    def add_prefilled(self, prefilled: PrefilledAttempt) -> None:
+        self._prefilled.append(prefilled)
+
     def add_failure(self, failure: SequenceFailure) -> None:
         self._failures.append(failure)
 
@@ -75,10 +84,15 @@ class Outbox:
         for session, tokens in self._tokens.items():
             outputs[session] = _joined(tokens, outputs.get(session))
         step = DecodeStep(
-            outputs, tuple(self._failures), tuple(self._abandoned_imports), tuple(self._ended)
+            outputs,
+            tuple(self._prefilled),
+            tuple(self._failures),
+            tuple(self._abandoned_imports),
+            tuple(self._ended),
         )
         self._outputs = {}
-        for waiting in (self._tokens, self._failures, self._abandoned_imports, self._ended):
+        self._tokens.clear()
+        for waiting in (self._prefilled, self._failures, self._abandoned_imports, self._ended):
             waiting.clear()
         return step
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from paceline.engine.chunking import ChunkTime
 from paceline.request import AttemptKey, FailureReason
 from paceline.worker.step_output import StepOutput
 
@@ -33,6 +34,14 @@ class SequenceFailure(NamedTuple):
     message: str
 
 
+class PrefilledAttempt(NamedTuple):
+    """An attempt whose context was computed here; its first tokens are in the same output."""
+
+    key: AttemptKey
+    session: int
+    chunk_times: tuple[ChunkTime, ...]
+
+
 class EndedAttempt(NamedTuple):
     """An attempt of which nothing more will be reported; its blocks may follow later."""
 
@@ -40,7 +49,7 @@ class EndedAttempt(NamedTuple):
     session: int
     admitted_s: float
     running_s: float | None
-    """When its first decode or prefill row was planned; None: never."""
+    """When its first decode row was planned, or its prefill here had ended; None: never."""
     ended_s: float
     num_output_tokens: int
     """Tokens reported for it, over all choices."""
@@ -52,10 +61,13 @@ class DecodeStep:
 
     outputs: dict[int, StepOutput] = field(default_factory=dict)
     """By session."""
+    prefilled: tuple[PrefilledAttempt, ...] = ()
     failures: tuple[SequenceFailure, ...] = ()
     abandoned_imports: tuple[AttemptKey, ...] = ()
     """Imports nobody wants any more: stop their reads, then call `import_ended`."""
     ended: tuple[EndedAttempt, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.outputs or self.failures or self.abandoned_imports or self.ended)
+        return bool(
+            self.outputs or self.prefilled or self.failures or self.abandoned_imports or self.ended
+        )

@@ -26,6 +26,8 @@ class PlannedChunk(NamedTuple):
     """A chunk of a prompt that is computed here."""
 
     attempt: Attempt
+    num_tokens: int
+    planned_s: float
     end: int
     """Tokens of the context whose KV is final once the step has been applied."""
 
@@ -310,8 +312,6 @@ class StepPlanner:
         chunks = plan_chunks(self._prompts, num_tokens, now, self._limits.prefill_age_bound_s)
         planned = []
         for attempt, size in chunks:
-            if attempt.running_s is None:
-                attempt.running_s = now
             waiting, work = attempt.in_state(SequenceState.WAITING), attempt.work
             self._start(builder, waiting[0], work.output)
             end = attempt.num_planned + size
@@ -319,7 +319,7 @@ class StepPlanner:
                 waiting[0].slot, attempt.num_planned, attempt.context[attempt.num_planned : end]
             )
             attempt.num_planned = end
-            planned.append(PlannedChunk(attempt, end))
+            planned.append(PlannedChunk(attempt, size, now, end))
             if end < attempt.num_tokens:
                 continue
             for sequence in waiting:

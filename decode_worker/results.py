@@ -5,11 +5,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from paceline.decode_worker.attempts import OutputToken
+from paceline.decode_worker.attempts import AttemptState, OutputToken
 from paceline.decode_worker.batch import Rows, RunningBatch
 from paceline.decode_worker.outbox import Outbox
-from paceline.decode_worker.planning import UnappliedStep
+from paceline.decode_worker.outcomes import PrefilledAttempt
+from paceline.decode_worker.planning import PlannedChunk, UnappliedStep
 from paceline.decode_worker.roster import Roster
+from paceline.engine.chunking import ChunkTime
 from paceline.engine.step_plan import Int32Array, StepResult
 from paceline.request import FinishReason, TopLogprobs
 from paceline.worker.step_output import StepOutput
@@ -44,6 +46,7 @@ def take_samples(
     roster.tables.tokens[step.sample_slots, step.token_positions] = result.token_ids
     for chunk in step.chunks:
         roster.cache_context(chunk.attempt, chunk.end)
+        _time_chunk(chunk, outbox, now)
     batch = roster.batch
     samples = _of_running(step, result, batch)
     if not len(samples.token_ids):
@@ -69,6 +72,15 @@ def take_samples(
         first_index = sequence.attempt.work.next_index
         index = int(step.sample_indices[np.flatnonzero(step.sample_slots == sequence.slot)[0]])
         roster.finish(sequence, index + 1 - first_index, now)
+
+
+def _time_chunk(chunk: PlannedChunk, outbox: Outbox, now: float) -> None:
+    attempt = chunk.attempt
+    attempt.chunk_times.append(ChunkTime(chunk.num_tokens, chunk.planned_s, now))
+    if chunk.end == attempt.num_tokens and attempt.state is AttemptState.RUNNING:
+        attempt.running_s = now
+        times = tuple(attempt.chunk_times)
+        outbox.add_prefilled(PrefilledAttempt(attempt.work.key, attempt.session, times))
 
 
 def _of_running(step: UnappliedStep, result: StepResult, batch: RunningBatch) -> _Samples:

@@ -10,6 +10,14 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 
+class ChunkTime(NamedTuple):
+    """When a chunk was planned and when its result was applied."""
+
+    num_tokens: int
+    planned_s: float
+    applied_s: float
+
+
 @dataclass(slots=True, eq=False)
 class PrefillProgress:
     """How far the computation of one context has been planned. Schedulers subclass it."""

@@ -12,9 +12,10 @@ from paceline.failpoints import Failpoints
 from paceline.kv_transfer.lease import FirstToken, Lease, LeaseTable, Progress
 from paceline.prefill_worker.outcomes import PrefillDone, Refused
 from paceline.prefill_worker.scheduler import PrefillScheduler
-from paceline.request import AttemptKey, FailureReason, Span, Work
+from paceline.request import AttemptKey, FailureReason, Work
 from paceline.worker.core import LoadReport, Peer, RouterPort
 from paceline.worker.credit import share_by_demand
+from paceline.worker.prefill_spans import prefill_spans
 from paceline.worker.step_output import StepOutput
 
 
@@ -122,6 +123,10 @@ class PrefillCore:
             lease = self._attempts[progress.key].lease
             self._leases.publish(lease, Progress(progress.num_tokens, None))
             self.notify_changed(lease)
+        for done in step.completed:
+            spans = prefill_spans(self._worker_id, done.chunk_times, self._unix_offset_s)
+            # Before the tokens: the router may end the request with the first one.
+            self._routers.send_phase(done.session, done.key, spans, 0, "")
         for session in {done.session for done in step.completed}:
             completed = [done for done in step.completed if done.session == session]
             self._routers.send_output(session, first_tokens_output(completed))
@@ -182,17 +187,6 @@ class PrefillCore:
         self._scheduler.release(done.key)
         self.notify_changed(attempt.lease)
         self._failpoints.hit("published")
-        spans = [
-            Span(
-                "prefill",
-                self._worker_id,
-                chunk.planned_s + self._unix_offset_s,
-                chunk.applied_s + self._unix_offset_s,
-                chunk.num_tokens,
-            )
-            for chunk in done.chunk_times
-        ]
-        self._routers.send_phase(done.session, done.key, spans, 0, "")
 
     def _fail(self, lease: Lease, now: float) -> None:
         """A lease was lost. While the prompt is still computed, the router has to hear of it."""

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Generic, NamedTuple
 
-from paceline.prefill_worker.prompt import ChunkTime, SessionT
+from paceline.engine.chunking import ChunkTime
+from paceline.prefill_worker.prompt import SessionT
 from paceline.request import AttemptKey, FinishReason, TopLogprobs
 
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
-from paceline.engine.chunking import PrefillProgress
+from paceline.engine.chunking import ChunkTime, PrefillProgress
 from paceline.engine.prefix_cache import ChainPosition
 from paceline.engine.step_plan import Int32Array
 from paceline.engine.stop_conditions import StopConditions
@@ -29,14 +29,6 @@ MOVES = {
     PromptState.COMPLETE: set[PromptState](),
     PromptState.CANCELLED: set[PromptState](),
 }
-
-
-class ChunkTime(NamedTuple):
-    """When a chunk was planned and when its result was applied."""
-
-    num_tokens: int
-    planned_s: float
-    applied_s: float
 
 
 @dataclass(slots=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Generic
 import numpy as np
 
 from paceline.engine.block_allocator import BlockAllocator
-from paceline.engine.chunking import plan_chunks
+from paceline.engine.chunking import ChunkTime, plan_chunks
 from paceline.engine.prefix_cache import PrefixCache
 from paceline.engine.step_plan import SlotStart, StepPlan, StepResult
 from paceline.engine.step_plan_builder import StepPlanBuilder
@@ -23,7 +23,7 @@ from paceline.prefill_worker.outcomes import (
     PromptProgress,
     Refused,
 )
-from paceline.prefill_worker.prompt import ChunkTime, Prompt, PromptState, SessionT
+from paceline.prefill_worker.prompt import Prompt, PromptState, SessionT
 from paceline.request import AttemptKey, Work, num_blocks_for
 
 

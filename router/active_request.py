@@ -1,7 +1,7 @@
 """A request between its arrival and its end: journal, attempts, and what it has been through.
 Pure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from paceline.errors import PacelineError
@@ -47,6 +47,10 @@ class ActiveRequest:
     attempts: dict[AttemptKey, Attempt] = field(default_factory=dict, init=False)
     waiting: list[WaitingWork] = field(default_factory=list, init=False)
     num_attempts: int = field(default=0, init=False)
+    prompt_attempt: int = field(default=0, init=False)
+    """Number of the attempt that gives, or gave, the first token."""
+    prompt_computed_s: float | None = field(default=None, init=False)
+    """How long that attempt's worker computed the prompt; None: it has not said so."""
     num_setbacks: int = field(default=0, init=False)
     """Times that work came back since the last attempt that reached decode."""
     internal_failures: set[AttemptKey] = field(default_factory=set, init=False)
@@ -67,13 +71,37 @@ class ActiveRequest:
     def is_done(self) -> bool:
         return self.ended_s is not None
 
+    def dispatched(self, now: float) -> None:
+        """Count an attempt. Until there is a first token, the newest attempt is to give it."""
+        self.num_attempts += 1
+        if self.first_dispatch_s is None:
+            self.first_dispatch_s = now
+        if self.first_token_s is None:
+            self.prompt_attempt = self.num_attempts
+            self.prompt_computed_s = None
+
+    def add_spans(self, attempt: int, spans: Sequence[Span]) -> None:
+        """Take what a worker reported of an attempt."""
+        self.spans.extend(spans)
+        chunks = [span for span in spans if span.phase == "prefill"]
+        if chunks and attempt == self.prompt_attempt:
+            start_s = min(chunk.start_s for chunk in chunks)
+            self.prompt_computed_s = max(chunk.end_s for chunk in chunks) - start_s
+
     def phase_times(self) -> PhaseTimes:
-        """Say where its time went, as far as it has come."""
+        """Say where its time went, as far as it has come.
+
+        Only durations by one clock each are used: those of hosts may differ by more than a phase.
+        """
         dispatched, first, last = self.first_dispatch_s, self.first_token_s, self.last_token_s
         queue_end = dispatched if dispatched is not None else self.ended_s
+        until_first_s = 0.0 if first is None or dispatched is None else first - dispatched
+        computed_s = until_first_s if self.prompt_computed_s is None else self.prompt_computed_s
+        prefill_s = min(max(computed_s, 0.0), until_first_s)
         return PhaseTimes(
             queue_s=0.0 if queue_end is None else queue_end - self.arrived_s,
-            prefill_s=0.0 if first is None or dispatched is None else first - dispatched,
+            wait_s=until_first_s - prefill_s,
+            prefill_s=prefill_s,
             kv_transfer_s=sum(s.end_s - s.start_s for s in self.spans if s.phase == "kv_transfer"),
             decode_s=0.0 if first is None or last is None else last - first,
         )

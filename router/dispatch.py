@@ -244,7 +244,7 @@ class Dispatcher:
         """Note where an attempt's time went on a worker."""
         found = self._attempts.get(key)
         if found is not None:
-            found[0].spans.extend(spans)
+            found[0].add_spans(key.attempt, spans)
 
     # Time.
 
@@ -286,10 +286,8 @@ class Dispatcher:
 
     def _send(self, work: WaitingWork, pair: Pair, now: float) -> None:
         request = work.request
-        request.num_attempts += 1
+        request.dispatched(now)
         request.num_resumed += work.is_resumption
-        if request.first_dispatch_s is None:
-            request.first_dispatch_s = now
         journal = request.journal
         alone = len(work.choices) == 1
         # Choices that go on apart have a name of their own at the workers, where a newer attempt

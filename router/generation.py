@@ -238,10 +238,14 @@ class Generations:
         )
         spans = list(request.spans)
         reported = {span.phase for span in spans}
+        times = request.phase_times()
         if dispatched is not None:
             spans.append(
                 Span("queue", router_id, request.arrived_s + to_unix, dispatched + to_unix)
             )
+            if times.wait_s > 0:
+                start_s = dispatched + to_unix
+                spans.append(Span("wait", router_id, start_s, start_s + times.wait_s))
             if first is not None and "prefill" not in reported:
                 num_tokens = len(request.journal.prompt)
                 spans.append(
@@ -336,8 +340,8 @@ def _log_end(request: ActiveRequest) -> None:
     total_s = 0.0 if request.ended_s is None else request.ended_s - request.arrived_s
     logger.info(
         "request_end request_id=%s outcome=%s finish=%s prompt_tokens=%d completion_tokens=%d "
-        "cached_tokens=%d resumed=%d queue_s=%.4f prefill_s=%.4f kv_transfer_s=%.4f decode_s=%.4f "
-        "total_s=%.4f%s",
+        "cached_tokens=%d resumed=%d queue_s=%.4f wait_s=%.4f prefill_s=%.4f kv_transfer_s=%.4f "
+        "decode_s=%.4f total_s=%.4f%s",
         request.request_id,
         "OK" if error is None else error.grpc_code,
         ",".join("-" if c.finish_reason is None else c.finish_reason.name for c in journal.choices),
@@ -346,6 +350,7 @@ def _log_end(request: ActiveRequest) -> None:
         request.cached_tokens or 0,
         request.num_resumed,
         times.queue_s,
+        times.wait_s,
         times.prefill_s,
         times.kv_transfer_s,
         times.decode_s,

@@ -256,6 +256,7 @@ def span_from_proto(message: inference_pb2.Span) -> Span:
 def phase_times_to_proto(times: PhaseTimes) -> inference_pb2.PhaseTimes:
     return inference_pb2.PhaseTimes(
         queue_s=times.queue_s,
+        wait_s=times.wait_s,
         prefill_s=times.prefill_s,
         kv_transfer_s=times.kv_transfer_s,
         decode_s=times.decode_s,
@@ -265,6 +266,7 @@ def phase_times_to_proto(times: PhaseTimes) -> inference_pb2.PhaseTimes:
 def phase_times_from_proto(message: inference_pb2.PhaseTimes) -> PhaseTimes:
     return PhaseTimes(
         queue_s=message.queue_s,
+        wait_s=message.wait_s,
         prefill_s=message.prefill_s,
         kv_transfer_s=message.kv_transfer_s,
         decode_s=message.decode_s,

@@ -1,6 +1,7 @@
 """One router with fake workers over real gRPC: streams, failures, and what is left behind."""
 
 import asyncio
+import logging
 from pathlib import Path
 
 import grpc
@@ -47,6 +48,25 @@ async def test_tokens_text_usage_and_times_come_in_order(tmp_path: Path) -> None
         assert [span.phase for span in answer.last.timeline] == ["queue", "prefill", "decode"]
         assert not any(message.HasField("usage") for message in answer.messages[:-1])
         await deployment.idle()
+
+
+async def test_the_wait_at_the_worker_is_a_phase_of_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with router_deployment(tmp_path) as deployment:
+        deployment.workers["prefill-0"].prefill_s = 1e-6
+        answer = await deployment.generate(make_request(include_timeline=True))
+        times = answer.last.phase_times
+        assert times.prefill_s == pytest.approx(1e-6, abs=5e-7)  # Unix seconds in a double
+        assert times.wait_s > 10 * times.prefill_s
+        wait = next(span for span in answer.last.timeline if span.phase == "wait")
+        queue = next(span for span in answer.last.timeline if span.phase == "queue")
+        assert wait.start_s == pytest.approx(queue.end_s, abs=1e-3)
+        assert wait.end_s - wait.start_s == pytest.approx(times.wait_s, abs=1e-5)
+        await deployment.idle()
+    [line] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("request_end")]
+    assert f" wait_s={times.wait_s:.4f} prefill_s=" in line
 
 
 async def test_choices_end_one_by_one_and_only_the_last_message_has_usage(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ kills.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.num_refusals_left = 0
         self.failures: list[tuple[int, FailureReason]] = []
         """(output length, reason): give back a sequence when it has that many tokens; used once."""
+        self.prefill_s: float | None = None
+        """Report that a prompt took that long, by a clock that is an hour behind."""
         self.draining = False
         self.received: list[Work] = []
         self.cancelled: list[tuple[AttemptKey, tuple[int, ...]]] = []
@@ -248,6 +251,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         for key, running in list(self.running.items()):
             if self.role is Role.PREFILL:
                 self._prefill(key, running, columns)
+                if key in self._fabric.first_tokens and self.prefill_s is not None:
+                    await stream.write(_prefill_report(key, self.worker_id, self.prefill_s))
             else:
                 self._decode(key, running, columns)
         for stream_id, reason in columns.failed:
@@ -339,6 +344,17 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             num_free_blocks=self.num_blocks - self.num_held_blocks,
             draining=self.draining,
         )
+
+
+def _prefill_report(
+    key: AttemptKey, worker_id: str, prefill_s: float
+) -> worker_pb2.SessionResponse:
+    start_s = time.time() - 3600
+    span = inference_pb2.Span(
+        phase="prefill", worker_id=worker_id, start_s=start_s, end_s=start_s + prefill_s
+    )
+    report = worker_pb2.PhaseReport(request_id=key.request_id, attempt=key.attempt, spans=[span])
+    return worker_pb2.SessionResponse(phase=report)
 
 
 @dataclass

@@ -478,13 +478,20 @@ class PhaseTimes(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     QUEUE_S_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
     KV_TRANSFER_S_FIELD_NUMBER: _builtins.int
     DECODE_S_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
-    """From arrival to dispatch."""
+    """From arrival to the first dispatch."""
+    wait_s: _builtins.float
+    """From dispatch to the first token, without prefill_s: the wait for a step at the worker, the way
+    there and back, and earlier attempts that gave no token.
+    """
     prefill_s: _builtins.float
-    """From dispatch to the first token."""
+    """From the start of the prompt's first chunk to the end of its last, by the worker's clock. The
+    whole time from dispatch to the first token if the worker did not report it.
+    """
     kv_transfer_s: _builtins.float
     """From the first KV read's start to its confirmation."""
     decode_s: _builtins.float
@@ -493,13 +500,14 @@ class PhaseTimes(_message.Message):
         self,
         *,
         queue_s: _builtins.float = ...,
+        wait_s: _builtins.float = ...,
         prefill_s: _builtins.float = ...,
         kv_transfer_s: _builtins.float = ...,
         decode_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_s", b"decode_s", "kv_transfer_s", b"kv_transfer_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_s", b"decode_s", "kv_transfer_s", b"kv_transfer_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -517,7 +525,7 @@ class Span(_message.Message):
     END_S_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """queue, prefill, kv_transfer or decode."""
+    """queue, wait, prefill, kv_transfer or decode."""
     worker_id: _builtins.str
     """The process, such as decode-0."""
     start_s: _builtins.float
