@@ -146,6 +146,7 @@ def summarize(records: Sequence[RequestRecord], limits: Limits) -> LoadSummary:
         "itl": Distribution.of([gap for record in good for gap in record.itl_s]),
         "e2e": Distribution.of([record.e2e_s for record in good]),
         "queue": Distribution.of([record.phases.queue_s for record in good]),
+        "wait": Distribution.of([record.phases.wait_s for record in good]),
         "prefill": Distribution.of([record.phases.prefill_s for record in good]),
         "kv_transfer": Distribution.of([record.phases.kv_transfer_s for record in good]),
         "decode": Distribution.of([record.phases.decode_s for record in good]),

@@ -14,6 +14,7 @@ NAMES = {
     "itl": "gap between tokens",
     "e2e": "end to end",
     "queue": "phase: queue",
+    "wait": "phase: worker wait",
     "prefill": "phase: prefill",
     "kv_transfer": "phase: KV transfer",
     "decode": "phase: decode",

@@ -52,8 +52,9 @@ class Answer:
         rate = (len(self.token_ids) - 1) / times.decode_s if times.decode_s > 0 else 0.0
         return (
             f"{self.usage.prompt_tokens} + {self.usage.completion_tokens} tokens, {rate:.1f} "
-            f"tokens/s · queue {times.queue_s * 1e3:.1f} ms, prefill {times.prefill_s * 1e3:.0f} "
-            f"ms, KV transfer {times.kv_transfer_s * 1e3:.1f} ms, decode {times.decode_s:.2f} s"
+            f"tokens/s · queue {times.queue_s * 1e3:.1f} ms, worker wait "
+            f"{times.wait_s * 1e3:.1f} ms, prefill {times.prefill_s * 1e3:.0f} ms, KV transfer "
+            f"{times.kv_transfer_s * 1e3:.1f} ms, decode {times.decode_s:.2f} s"
         )
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from paceline.bench.page import histogram, timeline_bars, write_page
 from paceline.bench.record import Distribution, Limits, RequestRecord, summarize
 from paceline.bench.report import result_document, summary_table
-from paceline.request import Span
+from paceline.request import PhaseTimes, Span
 
 
 def make_record(number: int, *, ttft_s: float = 0.5, gap_s: float = 0.1) -> RequestRecord:
@@ -22,8 +22,10 @@ def make_record(number: int, *, ttft_s: float = 0.5, gap_s: float = 0.1) -> Requ
         sent_s=sent,
         token_times_s=[sent + ttft_s + gap_s * index for index in range(4)],
         ended_s=sent + ttft_s + 3 * gap_s,
+        phases=PhaseTimes(0.0, 0.2 * ttft_s, 0.8 * ttft_s, 0.0, 3 * gap_s),
         timeline=[
-            Span("prefill", "prefill-0", sent, sent + ttft_s, 10),
+            Span("wait", "router-0", sent, sent + 0.2 * ttft_s),
+            Span("prefill", "prefill-0", sent + 0.2 * ttft_s, sent + ttft_s, 10),
             Span("decode", "decode-0", sent + ttft_s, sent + ttft_s + 3 * gap_s, 3),
         ],
     )
@@ -82,6 +84,8 @@ def test_the_table_shows_milliseconds() -> None:
     text = console.export_text()
     assert "time to first token" in text
     assert "500.0" in text
+    [wait] = [line for line in text.splitlines() if "phase: worker wait" in line]
+    assert "100.0" in wait
 
 
 def test_the_page_draws_every_phase_and_lists_failures(tmp_path: Path) -> None:
@@ -90,13 +94,16 @@ def test_the_page_draws_every_phase_and_lists_failures(tmp_path: Path) -> None:
     write_page(path, "a <load>", summarize(records, Limits()), records)
     text = path.read_text()
     assert "a &lt;load&gt;" in text
+    assert text.count('class="wait"') == 2
     assert text.count('class="prefill"') == 2
+    assert "phase: worker wait" in text
     assert "UNAVAILABLE: x" in text
 
 
 def test_bars_lie_where_their_spans_are() -> None:
-    prefill, decode = timeline_bars([make_record(0)], 100.0, 101.0)
-    assert (prefill.x, round(prefill.width, 6)) == (0.0, 500.0)
+    wait, prefill, decode = timeline_bars([make_record(0)], 100.0, 101.0)
+    assert (wait.x, round(wait.width, 6)) == (0.0, 100.0)
+    assert (round(prefill.x, 6), round(prefill.width, 6)) == (100.0, 400.0)
     assert (round(decode.x, 6), round(decode.width, 6)) == (500.0, 300.0)
 
 
