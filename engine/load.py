@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from paceline.engine.kv_pool import (
     num_blocks_that_fit,
 )
 from paceline.engine.model_config import ModelConfig, read_model_config
+from paceline.engine.model_facts import choose_dtype, choose_model_len
 from paceline.engine.model_source import ModelFolder
 from paceline.engine.models.llama import LlamaModel
 from paceline.engine.parallel import ParallelContext
@@ -90,8 +90,8 @@ def load_engine(
         torch.set_num_threads(settings.num_threads)
     device = _device(settings)
     config = read_model_config(folder.path)
-    dtype = _dtype(model, config, device)
-    max_model_len = _max_model_len(model, config, folder.path)
+    dtype = choose_dtype(model, config.dtype, device.type)
+    max_model_len = choose_model_len(model, config.max_position_embeddings, folder.path)
     layout = attention_layout(
         num_layers=config.num_layers,
         num_kv_heads=parallel.share(config.num_kv_heads, "key-value heads"),
@@ -203,24 +203,3 @@ def _device(settings: EngineSettings) -> torch.device:
             "of these, or set device to cpu."
         )
     return device
-
-
-def _dtype(model: ModelSettings, config: ModelConfig, device: torch.device) -> str:
-    dtype = config.dtype if model.dtype == "auto" else model.dtype
-    if dtype == "float16" and device.type == "cpu":
-        whose = "The model's own dtype" if model.dtype == "auto" else "model.dtype"
-        raise ConfigError(
-            f"{whose} is float16, and CPUs compute it slowly and with overflows. "
-            "Set model.dtype to float32 or bfloat16."
-        )
-    return dtype
-
-
-def _max_model_len(model: ModelSettings, config: ModelConfig, folder: Path) -> int:
-    limit = config.max_position_embeddings
-    if model.max_model_len is not None and model.max_model_len > limit:
-        raise ConfigError(
-            f"model.max_model_len is {model.max_model_len}, and the model in {folder} was made for "
-            f"{limit} positions (max_position_embeddings). Set max_model_len to at most {limit}."
-        )
-    return model.max_model_len or limit

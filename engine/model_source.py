@@ -50,10 +50,9 @@ def prepare_model(settings: ModelSettings, cache_dir: Path, on_progress: OnProgr
     May take a minute for a new file. Safe to call from several processes at once. Raises
     ConfigError.
     """
-    path = find_model(settings.path)
+    path = locate_model(settings)
     name = settings.served_model_name or path.name.removesuffix(".gguf")
     is_gguf = path.is_file()
-    _check_format(settings, path, is_gguf)
     if not is_gguf:
         return ModelFolder(path, _folder_revision(path, settings.load_format == "dummy"), name)
     digest = _file_digest(path)
@@ -62,6 +61,13 @@ def prepare_model(settings: ModelSettings, cache_dir: Path, on_progress: OnProgr
     if not folder.exists():
         _convert_once(path, dtype, folder, on_progress)
     return ModelFolder(folder, digest, name)
+
+
+def locate_model(settings: ModelSettings) -> Path:
+    """Find what model.path names; raises ConfigError if it has no form that can be loaded."""
+    path = find_model(settings.path)
+    _check_format(settings, path, path.is_file())
+    return path
 
 
 def find_model(path: str) -> Path:
