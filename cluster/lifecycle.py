@@ -5,17 +5,17 @@ import hashlib
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from paceline.cluster import deployment_record, ray_head
 from paceline.cluster.build_hosted import build_hosted
 from paceline.cluster.deployment_record import DeploymentRecord
+from paceline.cluster.early_checks import refuse_early
 from paceline.cluster.hosted import BuildHosted
 from paceline.cluster.process_state import ProcessState, Role
 from paceline.cluster.resources import check_capacity
@@ -58,10 +58,12 @@ def up(
     settings_file: str,
     watcher: Watcher,
     build: BuildHosted = build_hosted,
+    check: Callable[[DeploymentSettings], None] = refuse_early,
 ) -> Deployment:
     """Start everything, and return when every process is READY.
 
-    Raises ConfigError or UnavailableError with the cause, and leaves nothing behind then.
+    `check` raises what is wrong with the settings before anything is started. Raises ConfigError
+    or UnavailableError with the cause, and leaves nothing behind then.
     """
     started = time.monotonic()
     record = DeploymentRecord(
@@ -73,8 +75,8 @@ def up(
     )
     deployment_record.claim(record)
     try:
-        for key, part in (("router", settings.router), ("controller", settings.controller)):
-            _check_port(f"{key}.grpc_port", part.host, part.grpc_port)
+        with _step(watcher, "look at the model and the ports"):
+            check(settings)
         with _step(watcher, "start Ray" if record.ray_folder else "reach Ray"):
             record = _prepare_ray(settings, record)
             _connect(record)
@@ -118,21 +120,6 @@ def _connected(record: DeploymentRecord) -> "Iterator[ActorHandle[Any]]":
 def _ray_folder(deployment: str) -> Path:
     digest = hashlib.blake2b(deployment.encode(), digest_size=4).hexdigest()
     return deployment_record.runtime_dir() / f"r-{digest}"
-
-
-def _check_port(key: str, host: str, port: int) -> None:
-    """Refuse a port in use before anything is started."""
-    if port == 0:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"port {port} on {host} is not free ({error.strerror}), and {key} is {port}. Stop "
-                f"what uses it, or change {key}: 0 takes a free one"
-            ) from None
 
 
 def _prepare_ray(settings: DeploymentSettings, record: DeploymentRecord) -> DeploymentRecord:
@@ -193,9 +180,8 @@ def _ignore(*args: object, **options: object) -> None:
 
 
 def _disconnect() -> None:
-    import ray
-
-    ray.shutdown()
+    if "ray" in sys.modules:  # a start that is refused before Ray must not wait for its import
+        sys.modules["ray"].shutdown()
 
 
 def _start_controller(

@@ -11,7 +11,9 @@ import psutil
 from rich.text import Text
 
 from paceline.cluster.cli.output import gib, out, print_json
+from paceline.cluster.deployment_record import records
 from paceline.cluster.devices import GPU
+from paceline.cluster.early_checks import early_findings
 from paceline.cluster.launcher import Capacity
 from paceline.cluster.model_cache import model_cache_dir
 from paceline.cluster.process_state import Role
@@ -34,8 +36,14 @@ class Finding(NamedTuple):
 
 def check(file: Path | None, overrides: list[str], as_json: bool) -> None:
     settings = load_settings(file or DEFAULT_FILE, overrides).settings
-    findings = [*_machine(), *_packages(settings), *_gpus(settings), *_transports(settings)]
-    findings.append(_fit(settings))
+    findings = [
+        *_machine(),
+        *_packages(settings),
+        *_gpus(settings),
+        *_transports(settings),
+        *_early(settings),
+        _fit(settings),
+    ]
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:
@@ -142,6 +150,21 @@ def _shm() -> Finding:
     except OSError as error:
         return Finding("shm", f"memfd through /proc fails: {error}", False, "set kv.transport")
     return Finding("shm", "memfd through /proc", True)
+
+
+def _early(settings: DeploymentSettings) -> Iterator[Finding]:
+    """Tell what `up` would refuse at once."""
+    is_up = any(r.deployment == settings.deployment and r.is_up for r in records())
+    for name, value, problem in early_findings(settings):
+        if problem and settings.ray.address is not None:
+            advice = f"Its processes may run on other machines than this one: {problem}"
+            yield Finding(
+                name, f"decided by the Ray cluster at {settings.ray.address}", True, advice
+            )
+        elif problem and is_up and name.endswith(".grpc_port"):
+            yield Finding(name, f"not free, and the deployment {settings.deployment} is up", True)
+        else:
+            yield Finding(name, value or "no", not problem, problem)
 
 
 def _fit(settings: DeploymentSettings) -> Finding:

@@ -1,9 +1,13 @@
 """The command line: what it prints, in which form, and how it refuses."""
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +15,10 @@ import pytest
 from tiny_models import write_tiny_model
 from typer.testing import CliRunner
 
-from paceline.cluster import lifecycle
+from paceline.cluster import deployment_record, lifecycle, ray_head
 from paceline.cluster.cli.app import app
 from paceline.cluster.cli.machine import Finding
+from paceline.cluster.deployment_record import DeploymentRecord
 from paceline.cluster.settings_file import DEFAULT_FILE
 from paceline.errors import ConfigError
 
@@ -30,6 +35,14 @@ def run(*arguments: str) -> str:
         raise result.exception
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
 
 
 def paceline(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -110,11 +123,86 @@ def test_config_show_works_without_the_model() -> None:
 
 
 def test_check_reports_cores_memory_and_transports() -> None:
-    findings = {entry["name"]: entry for entry in json.loads(run("check", "--json"))}
+    arguments = ("check", "--json", "--set", "router.grpc_port=0")
+    findings = {entry["name"]: entry for entry in json.loads(run(*arguments))}
     assert {"cores", "memory", "torch", "ray", "shm", "torch_distributed"} <= set(findings)
+    assert {"model", "max_model_len", "dtype", "tokenizer", "router.grpc_port"} <= set(findings)
     assert all(finding["is_good"] for finding in findings.values())
     assert "gpu" in findings or "gpu 0" in findings
     assert "Gloo" in findings["torch_distributed"]["value"]
+
+
+def test_check_lists_each_thing_that_up_would_refuse(taken_port: int) -> None:
+    overrides = ("model.max_model_len=9000", f"router.grpc_port={taken_port}")
+    arguments = [part for override in overrides for part in ("--set", override)]
+    result = CliRunner().invoke(app, ["check", "--json", *arguments])
+    assert result.exit_code == 1
+    bad = {f["name"]: f["advice"] for f in json.loads(result.stdout) if not f["is_good"]}
+    assert set(bad) == {"max_model_len", "router.grpc_port"}
+    assert "Set max_model_len to at most 8192" in bad["max_model_len"]
+
+
+def test_check_does_not_blame_a_deployment_for_its_own_port(
+    taken_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACELINE_RUNTIME_DIR", str(tmp_path))
+    record = DeploymentRecord("local", 1, 0.0, "x", None, controller_address="127.0.0.1:1")
+    deployment_record.claim(record)
+    findings = json.loads(run("check", "--json", "--set", f"router.grpc_port={taken_port}"))
+    [port] = [finding for finding in findings if finding["name"] == "router.grpc_port"]
+    assert port["value"] == "not free, and the deployment local is up"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.path=/nowhere", "There is no /nowhere"),
+        ("model.max_model_len=9000", "Set max_model_len to at most 8192"),
+        ("router.grpc_port=PORT", r"port \d+ on 127.0.0.1 is not free"),
+    ],
+)
+@pytest.mark.parametrize("command", ["up", "serve", "demo"])
+def test_what_can_be_known_is_refused_before_ray_starts(
+    command: str,
+    override: str,
+    words: str,
+    taken_port: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PACELINE_RUNTIME_DIR", str(tmp_path))
+
+    def start_ray(*arguments: object) -> str:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray_head, "start", start_ray)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(ConfigError, match=words):
+            run(command, "--set", override.replace("PORT", str(taken_port)))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert not tmp_path.exists()  # no record is left, so the folder of records is not either
+
+
+def test_a_refusal_before_ray_loads_neither_ray_nor_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['paceline', 'up', '--set', 'model.max_model_len=9000']\n"
+        "from paceline.cluster.cli import main\n"
+        "try: main()\n"
+        "finally: print('loaded', {'ray', 'torch', 'transformers'} & set(sys.modules))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PACELINE_RUNTIME_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "Set max_model_len to at most 8192" in result.stderr
+    assert result.stdout.rstrip() == "loaded set()"
 
 
 def findings_for_a_gpu(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> dict[str, Finding]:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -226,18 +225,6 @@ def test_a_failed_start_shows_the_cause_and_leaves_nothing(
         from paceline.cluster.ray_launcher import actor_names
 
         assert actor_names(deployment_record.namespace_of("bad")) == []
-
-
-def test_a_port_in_use_is_named_with_its_setting(runtime_folder: Path, tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        settings = make_settings(tmp_path, deployment="bad", router={"grpc_port": port})
-        with pytest.raises(ConfigError, match=rf"port {port} .* router\.grpc_port is {port}"):
-            start(settings)
-    with pytest.raises(ConfigError):
-        deployment_record.find("bad")
 
 
 def test_a_ray_that_does_not_answer_is_named_with_its_setting(
