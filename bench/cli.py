@@ -2,13 +2,13 @@
 
 import asyncio
 import json
+import secrets
 from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from paceline.bench.client import LoadClient
 from paceline.bench.environment import write_result
@@ -21,11 +21,14 @@ from paceline.bench.load import (
     read_trace,
 )
 from paceline.bench.page import write_page
+from paceline.bench.prefix_sharing import cache_warning, num_shared_tokens
+from paceline.bench.progress import shown_progress
 from paceline.bench.record import Limits, RequestRecord, summarize
 from paceline.bench.report import result_document, summary_table
 from paceline.errors import ConfigError
 
 DEFAULT_TRACE = TRACES["azure-conversation"]
+SEED_BITS = 32
 
 
 class LoadKind(StrEnum):
@@ -52,7 +55,10 @@ def bench(
     max_input_tokens: Annotated[
         int | None, typer.Option(min=1, help="Cut a trace's prompts; default: the model's length.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Repeats the prompts and arrivals of a run; default: new ones."),
+    ] = None,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="For one request.")] = 600.0,
     max_ttft_ms: Annotated[float | None, typer.Option(help="Goodput's limit.")] = None,
     max_tpot_ms: Annotated[float | None, typer.Option(help="Goodput's limit.")] = None,
@@ -62,6 +68,8 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False,
 ) -> None:
     """Send a load to a running deployment and report TTFT, TPOT, ITL, end-to-end and goodput."""
+    # With the same prompts again, a second run would measure the prefix cache.
+    seed = secrets.randbits(SEED_BITS) if seed is None else seed
     config = {
         name: value.value if isinstance(value, Enum) else str(value) if name == "trace" else value
         for name, value in locals().items()
@@ -89,22 +97,20 @@ def bench(
         planned = fixed_lengths(requests, input_tokens, output_tokens, vocabulary, seed)
         return poisson_arrivals(planned, rate, seed) if load is LoadKind.OPEN else planned
 
-    async def run() -> list[RequestRecord]:
+    async def run() -> tuple[list[PlannedRequest], list[RequestRecord]]:
         async with LoadClient(address, timeout_s=timeout_s) as client:
             planned = plan(*await client.vocabulary())
-            with Progress(console=Console(stderr=True), transient=True) as progress:
-                task = progress.add_task("requests", total=len(planned))
-
-                def on_end(record: RequestRecord) -> None:
-                    progress.advance(task)
-
+            async with shown_progress(len(planned), Console(stderr=True)) as on_end:
                 if load is LoadKind.CLOSED:
-                    return await client.closed_loop(planned, concurrency, on_end)
-                return await client.open_loop(planned, on_end)
+                    records = await client.closed_loop(planned, concurrency, on_end)
+                else:
+                    records = await client.open_loop(planned, on_end)
+            return planned, records
 
-    records = asyncio.run(run())
-    summary = summarize(records, limits)
-    title = f"paceline bench: {load.value} loop at {address}"
+    planned, records = asyncio.run(run())
+    num_shared = num_shared_tokens(request.prompt for request in planned)
+    summary = summarize(records, limits, num_shared_tokens=num_shared)
+    title = f"paceline bench: {load.value} loop at {address}, seed {seed}"
     document: dict[str, Any] = result_document(summary, limits, records)
     if output is not None:
         write_result(output, "load", config, document)
@@ -114,6 +120,9 @@ def bench(
         typer.echo(json.dumps({"config": config, **document}))
     else:
         Console().print(summary_table(summary, title))
+    warning = cache_warning(summary)
+    if warning is not None:
+        typer.echo(f"warning: {warning}", err=True)
     for error in sorted(set(document["errors"])):
         typer.echo(f"failed: {error}", err=True)
     if summary.num_failed:

@@ -114,7 +114,8 @@ def read_trace(
                 min(max(num_input, 1), max_input_tokens),
                 entry.get("hash_ids", ()),
                 vocabulary,
-                seed=seed * 1_000_003 + number,
+                seed,
+                number,
             )
             output_tokens = min(max(num_output, 1), max_output_tokens)
             planned.append(PlannedRequest(at_s, prompt, output_tokens))
@@ -125,12 +126,15 @@ def read_trace(
 
 
 def _trace_prompt(
-    num_tokens: int, hash_ids: Sequence[int], vocabulary: Vocabulary, seed: int
+    num_tokens: int, hash_ids: Sequence[int], vocabulary: Vocabulary, seed: int, number: int
 ) -> tuple[int, ...]:
-    """Make a prompt up; blocks with equal ids get equal content."""
-    blocks = (vocabulary.draw(Random(block), TRACE_BLOCK_TOKENS) for block in hash_ids)
+    """Make a prompt up; blocks with equal ids get equal content for the same seed."""
+    blocks = (
+        vocabulary.draw(Random(f"{seed} block {block}"), TRACE_BLOCK_TOKENS) for block in hash_ids
+    )
     prompt = tuple(_take(blocks, num_tokens))
-    return prompt + vocabulary.draw(Random(seed), num_tokens - len(prompt))
+    rest = Random(seed * 1_000_003 + number)
+    return prompt + vocabulary.draw(rest, num_tokens - len(prompt))
 
 
 def _take(blocks: Iterable[tuple[int, ...]], count: int) -> Iterator[int]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from paceline.bench.record import LoadSummary, RequestRecord
-from paceline.bench.report import NAMES
+from paceline.bench.report import NAMES, cached, repeated
 
 WIDTH = 1000.0
 """Of every drawing, in its own units; the page scales it."""
@@ -56,6 +56,8 @@ def write_page(
         title=title,
         summary=summary,
         names=NAMES,
+        cached=cached(summary),
+        repeated=repeated(summary),
         width=WIDTH,
         histograms=list(_histograms(good)),
         rows=min(len(good), MAX_ROWS),

@@ -129,16 +129,28 @@ class LoadSummary:
     """Requests a second that met every limit."""
     good_share: float
     num_resumed: int
+    num_prompt_tokens: int
+    """Of the requests that succeeded, as the next."""
+    num_cached_tokens: int
+    """Those of them whose KV was in a prefix cache."""
+    num_shared_tokens: int
+    """Tokens at the front of all prompts that the load itself repeats: these may well be cached."""
+    cached_share: float
+    shared_share: float
     distributions: dict[str, Distribution | None]
     """TTFT, TPOT, ITL, E2E and the phases, by name."""
 
 
-def summarize(records: Sequence[RequestRecord], limits: Limits) -> LoadSummary:
+def summarize(
+    records: Sequence[RequestRecord], limits: Limits, *, num_shared_tokens: int = 0
+) -> LoadSummary:
     """Work out the figures; failed requests count in the rates' time and in no distribution."""
     good = [record for record in records if record.succeeded]
     start = min((record.sent_s for record in records), default=0.0)
     end = max((record.ended_s for record in records), default=0.0)
     duration = max(end - start, 1e-9)
+    num_prompt_tokens = sum(record.prompt_tokens for record in good)
+    num_cached_tokens = sum(record.cached_tokens for record in good)
     num_good = sum(limits.are_met(record) for record in records)
     distributions = {
         "ttft": Distribution.of([record.ttft_s for record in good]),
@@ -156,10 +168,15 @@ def summarize(records: Sequence[RequestRecord], limits: Limits) -> LoadSummary:
         num_failed=len(records) - len(good),
         duration_s=duration,
         output_tokens_per_s=sum(record.num_output_tokens for record in records) / duration,
-        input_tokens_per_s=sum(record.prompt_tokens for record in good) / duration,
+        input_tokens_per_s=num_prompt_tokens / duration,
         requests_per_s=len(good) / duration,
         goodput_per_s=num_good / duration,
         good_share=num_good / max(len(records), 1),
         num_resumed=sum(record.resumed for record in records),
+        num_prompt_tokens=num_prompt_tokens,
+        num_cached_tokens=num_cached_tokens,
+        num_shared_tokens=num_shared_tokens,
+        cached_share=num_cached_tokens / max(num_prompt_tokens, 1),
+        shared_share=num_shared_tokens / max(sum(r.prompt_tokens for r in records), 1),
         distributions=distributions,
     )

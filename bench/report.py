@@ -42,8 +42,22 @@ def _rates(summary: LoadSummary) -> str:
         f"{summary.output_tokens_per_s:,.1f} output tokens/s, "
         f"{summary.input_tokens_per_s:,.1f} input tokens/s, "
         f"{summary.requests_per_s:.2f} requests/s\n"
+        f"{cached(summary)}\n{repeated(summary)}\n"
         f"goodput {summary.goodput_per_s:.2f} requests/s ({summary.good_share:.0%} within limits)"
     )
+
+
+def cached(summary: LoadSummary) -> str:
+    """Say how much of the prompts the prefix cache saved."""
+    return (
+        f"{summary.cached_share:.1%} of prompt tokens were cached "
+        f"({summary.num_cached_tokens:,} of {summary.num_prompt_tokens:,})"
+    )
+
+
+def repeated(summary: LoadSummary) -> str:
+    """Say how much of the prompts the load itself makes it save."""
+    return f"{summary.shared_share:.1%} of prompt tokens repeat within the load"
 
 
 def result_document(

@@ -66,6 +66,8 @@ def test_equal_hash_ids_give_equal_blocks(tmp_path: Path) -> None:
     assert len(first.prompt) == len(second.prompt) == 1030
     assert first.prompt[:512] == second.prompt[:512]
     assert first.prompt[512:1024] != second.prompt[512:1024]
+    assert read(trace)[0].prompt == first.prompt
+    assert read(trace, seed=1)[0].prompt[:512] != first.prompt[:512]
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:

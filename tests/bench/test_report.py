@@ -88,6 +88,25 @@ def test_the_table_shows_milliseconds() -> None:
     assert "100.0" in wait
 
 
+def test_table_and_page_say_what_the_prefix_cache_saved(tmp_path: Path) -> None:
+    records = [make_record(0), make_record(1), failed_record()]
+    records[1].cached_tokens = 5
+    summary = summarize(records, Limits(), num_shared_tokens=3)
+    assert (summary.num_cached_tokens, summary.num_prompt_tokens) == (5, 20)
+    assert (summary.cached_share, summary.shared_share) == (0.25, 0.1)
+    lines = (
+        "25.0% of prompt tokens were cached (5 of 20)",
+        "10.0% of prompt tokens repeat within the load",
+    )
+    console = Console(width=120, record=True)
+    console.print(summary_table(summary, "load"))
+    table = console.export_text()
+    write_page(tmp_path / "page.html", "load", summary, records)
+    page = (tmp_path / "page.html").read_text()
+    assert all(line in table and line in page for line in lines)
+    assert result_document(summary, Limits(), records)["summary"]["cached_share"] == 0.25
+
+
 def test_the_page_draws_every_phase_and_lists_failures(tmp_path: Path) -> None:
     records = [make_record(0), make_record(1), failed_record()]
     path = tmp_path / "page.html"

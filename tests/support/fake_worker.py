@@ -120,6 +120,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.num_refusals_left = 0
         self.failures: list[tuple[int, FailureReason]] = []
         """(output length, reason): give back a sequence when it has that many tokens; used once."""
+        self.num_cached_tokens = 0
+        """Of each prompt, as it says when it admits one."""
         self.prefill_s: float | None = None
         """Report that a prompt took that long, by a clock that is an hour behind."""
         self.draining = False
@@ -232,6 +234,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             attempt=work.key.attempt,
             admitted=not refuse,
             message="scripted refusal" if refuse else "",
+            cached_tokens=self.num_cached_tokens,
         )
         await stream.write(worker_pb2.SessionResponse(admission=admission))
 
