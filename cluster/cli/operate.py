@@ -66,7 +66,11 @@ def bench(arguments: list[str], deployment: str | None) -> None:
     names_address = any(a == "--address" or a.startswith("--address=") for a in arguments)
     if not wants_help and not names_address:
         arguments = [*arguments, "--address", router_address(deployment)]
-    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
     command.command()(run_bench)
     command(args=arguments, prog_name="paceline bench")
 

@@ -72,8 +72,9 @@ def test_help_lists_every_command_and_loads_neither_torch_nor_ray() -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "config"])
-def test_every_command_explains_itself(command: str) -> None:
-    assert "Usage: " in run(command, "--help")
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_every_command_explains_itself(command: str, option: str) -> None:
+    assert f"Usage: paceline {command} " in run(command, option)
 
 
 def test_a_refusal_is_one_line_on_stderr_without_a_traceback() -> None:
