@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import grpc
 from rich.table import Table
@@ -24,6 +25,9 @@ TOPICS = ("the sea", "a robot", "winter", "a lighthouse", "two friends", "an old
 MAX_TOKENS = 160
 READY_TIMEOUT_S = 120.0
 REQUEST_TIMEOUT_S = 300.0
+POLL_S = 0.1
+SHOW_EVERY_S = 3.0
+"""Seconds between two lines about what goes on."""
 
 
 class Load:
@@ -32,6 +36,8 @@ class Load:
     def __init__(self, stub: InferenceServiceStub, num_requests: int) -> None:
         self.answers = [Answer() for _ in range(num_requests)]
         self.errors: list[str] = []
+        self.longest_pauses_s = [0.0] * num_requests
+        """Of each request: the longest time between two pieces of its text."""
         self._threads = [
             threading.Thread(target=self._ask, args=(stub, number), daemon=True)
             for number in range(num_requests)
@@ -43,20 +49,61 @@ class Load:
     def num_streaming(self) -> int:
         return sum(thread.is_alive() for thread in self._threads)
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(answer.token_ids) for answer in self.answers)
+
+    def progress(self) -> str:
+        """Say how far the requests are."""
+        failed = f", {len(self.errors)} have failed" if self.errors else ""
+        return f"{self.num_streaming} requests stream, {self.num_tokens:,} tokens so far{failed}"
+
+    def outcome(self) -> str:
+        """Say what became of the requests, once they have ended."""
+        num_resumed = sum(answer.usage.resumed for answer in self.answers)
+        num_good = len(self.answers) - len(self.errors)
+        return (
+            f"{num_good} of {len(self.answers)} requests ended without an error: "
+            f"{self.num_tokens:,} tokens, {num_resumed} resumed, longest pause in a stream "
+            f"{max(self.longest_pauses_s):.2f} s"
+        )
+
     def join(self) -> None:
-        for thread in self._threads:
-            thread.join(REQUEST_TIMEOUT_S)
-        if self.errors or self.num_streaming:
-            raise PacelineError("; ".join(self.errors) or "a request of the demo did not end")
+        wait_until(lambda: not self.num_streaming, self.progress, REQUEST_TIMEOUT_S)
+        if self.errors:
+            raise PacelineError("; ".join(self.errors))
 
     def _ask(self, stub: InferenceServiceStub, number: int) -> None:
         topic = TOPICS[number % len(TOPICS)]
         request = _question(f"Tell a short story about {topic}.", MAX_TOKENS)
+        last_s: float | None = None
         try:
             for _ in stream(stub, request, self.answers[number]):
-                pass
+                now = time.monotonic()
+                pause_s = 0.0 if last_s is None else now - last_s
+                self.longest_pauses_s[number] = max(self.longest_pauses_s[number], pause_s)
+                last_s = now
         except (PacelineError, grpc.RpcError) as error:
             self.errors.append(f"request {number}: {error}")
+
+
+def wait_until(
+    condition: Callable[[], bool],
+    progress: Callable[[], str],
+    timeout_s: float,
+    *,
+    show_every_s: float = SHOW_EVERY_S,
+) -> None:
+    """Poll until the condition holds, and print the progress now and then."""
+    started = shown = time.monotonic()
+    while not condition():
+        now = time.monotonic()
+        if now - started > timeout_s:
+            raise PacelineError(f"the demonstration waited for {timeout_s:g} s: {progress()}")
+        if now - shown >= show_every_s:
+            shown = now
+            out.print(Text(f"  {now - started:.0f} s: {progress()}", "dim"))
+        time.sleep(POLL_S)
 
 
 def demo(overrides: list[str], num_requests: int) -> None:
@@ -101,23 +148,28 @@ def _perform(name: str, num_requests: int) -> None:
             operate.print_status(api.status(), num_events=4)
         second.join()
         out.print(_phases([*load.answers, *second.answers]))
+        out.print(f"while decode was scaled: {load.outcome()}")
+        out.print(f"on both decode workers: {second.outcome()}")
 
 
 def _scale_decode(name: str, size: int, load: Load) -> None:
     started = time.monotonic()
+    num_ready = 0
     with control(name) as api:
         with translated("the controller"):
             api.stub.Scale(control_pb2.ScaleRequest(pools={"decode": size}), timeout=10.0)
-        while True:
-            pools = {pool.name: pool.ready for pool in api.status().pools}
-            if pools["decode"] == size:
-                break
-            if time.monotonic() - started > READY_TIMEOUT_S:
-                raise PacelineError(f"decode has no {size} workers after {READY_TIMEOUT_S:g} s")
-            time.sleep(0.1)
+
+        def is_ready() -> bool:
+            nonlocal num_ready
+            num_ready = next(pool.ready for pool in api.status().pools if pool.name == "decode")
+            return num_ready == size
+
+        def progress() -> str:
+            return f"{num_ready} of {size} decode workers are ready; {load.progress()}"
+
+        wait_until(is_ready, progress, READY_TIMEOUT_S)
     out.print(
-        f"decode has {size} workers after {time.monotonic() - started:.1f} s; "
-        f"{load.num_streaming} requests still stream, none was disturbed"
+        f"decode has {size} workers after {time.monotonic() - started:.1f} s; {load.progress()}"
     )
 
 
