@@ -3,6 +3,7 @@
 import asyncio
 import json
 import secrets
+from collections.abc import Sequence
 from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +40,19 @@ class LoadKind(StrEnum):
     TRACE = "trace"
 
 
+USED_BY = {
+    "concurrency": (LoadKind.CLOSED,),
+    "rate": (LoadKind.OPEN,),
+    "input_tokens": (LoadKind.CLOSED, LoadKind.OPEN),
+    "trace": (LoadKind.TRACE,),
+    "speed": (LoadKind.TRACE,),
+    "max_input_tokens": (LoadKind.TRACE,),
+}
+"""Options that not every kind of load uses."""
+
+
 def bench(
+    context: typer.Context,
     address: Annotated[str, typer.Option(help="host:port of a router.")] = "127.0.0.1:50051",
     load: Annotated[
         LoadKind,
@@ -70,16 +83,23 @@ def bench(
     """Send a load to a running deployment and report TTFT, TPOT, ITL, end-to-end and goodput."""
     # With the same prompts again, a second run would measure the prefix cache.
     seed = secrets.randbits(SEED_BITS) if seed is None else seed
+    unused = [name for name, kinds in USED_BY.items() if load not in kinds]
     config = {
         name: value.value if isinstance(value, Enum) else str(value) if name == "trace" else value
         for name, value in locals().items()
-        if name not in ("output", "page", "as_json")
+        if name not in ("context", "output", "page", "as_json", "unused", *unused)
     }
+    _refuse_given(unused, context, load)
     limits = Limits(_seconds(max_ttft_ms), _seconds(max_tpot_ms), _seconds(max_e2e_ms))
 
     def plan(vocabulary: Vocabulary, max_model_len: int) -> list[PlannedRequest]:
         if load is LoadKind.TRACE:
             most_input = min(max_input_tokens or max_model_len, max_model_len - output_tokens)
+            if most_input < 1:
+                raise ConfigError(
+                    f"--output-tokens {output_tokens} leaves no room for a prompt: the model's "
+                    f"length is {max_model_len}"
+                )
             return read_trace(
                 trace,
                 vocabulary,
@@ -120,13 +140,36 @@ def bench(
         typer.echo(json.dumps({"config": config, **document}))
     else:
         Console().print(summary_table(summary, title))
-    warning = cache_warning(summary)
-    if warning is not None:
-        typer.echo(f"warning: {warning}", err=True)
+    for warning in (cut_warning(planned), cache_warning(summary)):
+        if warning is not None:
+            typer.echo(f"warning: {warning}", err=True)
     for error in sorted(set(document["errors"])):
         typer.echo(f"failed: {error}", err=True)
     if summary.num_failed:
         raise typer.Exit(1)
+
+
+def cut_warning(planned: Sequence[PlannedRequest]) -> str | None:
+    """Say so when requests are shorter than in their trace."""
+    num_cut = sum(request.is_cut for request in planned)
+    if not num_cut:
+        return None
+    return (
+        f"{num_cut} of {len(planned)} requests are longer in the trace and were cut to "
+        "--max-input-tokens (at most the model's length) and --output-tokens"
+    )
+
+
+def _refuse_given(unused: Sequence[str], context: typer.Context, load: LoadKind) -> None:
+    """Raise ConfigError for options on the command line that change nothing."""
+    for name in unused:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            kinds = " or ".join(f"--load {kind.value}" for kind in USED_BY[name])
+            raise ConfigError(
+                f"--{name.replace('_', '-')} changes nothing in a load that is {load.value}: it "
+                f"belongs to {kinds}. Leave it out, or choose that load"
+            )
 
 
 def _seconds(milliseconds: float | None) -> float | None:

@@ -24,6 +24,8 @@ class PlannedRequest:
     """Seconds after the load's start; 0 for all in a closed loop, which sends when it may."""
     prompt: tuple[int, ...]
     max_tokens: int
+    is_cut: bool = False
+    """Whether its trace has a longer prompt or output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ def poisson_arrivals(
     planned: list[PlannedRequest] = []
     at_s = 0.0
     for request in requests:
-        planned.append(PlannedRequest(at_s, request.prompt, request.max_tokens))
+        planned.append(replace(request, at_s=at_s))
         at_s += random.expovariate(rate_per_s)
     return planned
 
@@ -118,11 +120,12 @@ def read_trace(
                 number,
             )
             output_tokens = min(max(num_output, 1), max_output_tokens)
-            planned.append(PlannedRequest(at_s, prompt, output_tokens))
+            is_cut = num_input > max_input_tokens or num_output > max_output_tokens
+            planned.append(PlannedRequest(at_s, prompt, output_tokens, is_cut))
     if not planned:
         raise ConfigError(f"the trace {path} has no requests")
     first_s = planned[0].at_s
-    return [PlannedRequest(p.at_s - first_s, p.prompt, p.max_tokens) for p in planned]
+    return [replace(request, at_s=request.at_s - first_s) for request in planned]
 
 
 def _trace_prompt(

@@ -5,24 +5,30 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
-from click.testing import Result
 from router_deployment import RouterDeployment, router_deployment
 from typer.testing import CliRunner
 
 from paceline.bench.cli import bench
+from paceline.errors import ConfigError
 
 PROMPT_TOKENS = 32
 
 
-async def run(deployment: RouterDeployment, *arguments: str) -> Result:
+def invoke(*arguments: str) -> Any:
     command = typer.Typer()
     command.command()(bench)
-    sizes = ("--requests", "4", "--input-tokens", str(PROMPT_TOKENS), "--output-tokens", "3")
+    return CliRunner().invoke(command, arguments)
+
+
+async def run(deployment: RouterDeployment, *arguments: str) -> Any:
+    """Send four short requests."""
+    sizes = ("--requests", "4", "--output-tokens", "3")
+    if "trace" not in arguments:
+        sizes = (*sizes, "--input-tokens", str(PROMPT_TOKENS))
     address = ("--address", deployment.router.address, "--timeout-s", "20")
-    result = await asyncio.to_thread(
-        CliRunner().invoke, command, [*address, *sizes, "--json", *arguments]
-    )
+    result = await asyncio.to_thread(invoke, *address, *sizes, "--json", *arguments)
     assert result.exit_code == 0, result.output
     return result
 
@@ -56,3 +62,38 @@ async def test_what_was_cached_before_the_load_is_reported_and_warned_of(tmp_pat
         result = await run(deployment)
         assert json.loads(result.stdout)["summary"]["cached_share"] == 0.5
         assert "warning: 50.0% of prompt tokens were cached" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("load", "option", "belongs"),
+    [
+        ("closed", "--rate", "--load open"),
+        ("closed", "--speed", "--load trace"),
+        ("open", "--concurrency", "--load closed"),
+        ("trace", "--input-tokens", "--load closed or --load open"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    load: str, option: str, belongs: str
+) -> None:
+    error = invoke("--load", load, option, "5").exception
+    assert isinstance(error, ConfigError)
+    assert f"{option} changes nothing in a load that is {load}" in str(error)
+    assert f"belongs to {belongs}." in str(error)
+
+
+async def test_requests_of_a_trace_that_are_cut_are_counted(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lengths = ((20, 3), (900, 2), (10, 3), (10, 8))
+    trace.write_text(
+        "".join(
+            json.dumps({"timestamp": 0, "input_length": inputs, "output_length": outputs}) + "\n"
+            for inputs, outputs in lengths
+        )
+    )
+    async with router_deployment(tmp_path) as deployment:
+        result = await run(deployment, "--load", "trace", "--trace", str(trace))
+        assert "warning: 2 of 4 requests are longer in the trace" in result.stderr
+        assert {"rate", "concurrency", "input_tokens"}.isdisjoint(
+            json.loads(result.stdout)["config"]
+        )
