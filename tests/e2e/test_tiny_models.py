@@ -43,6 +43,14 @@ async def outputs_of(
     return outputs
 
 
+def assert_prefill_is_what_its_worker_measured(output: Output) -> None:
+    chunks = [span for span in output.timeline if span.phase == "prefill"]
+    computed_s = max(chunk.end_s for chunk in chunks) - min(chunk.start_s for chunk in chunks)
+    assert output.phase_times.prefill_s == pytest.approx(computed_s, abs=1e-5)
+    assert output.phase_times.wait_s > 0
+    assert {chunk.worker_id for chunk in chunks} <= {"prefill-0", "decode-0"}
+
+
 @pytest.mark.parametrize("transport", ["shm", "torch_distributed"])
 async def test_greedy_output_is_transformers_output(tmp_path: Path, transport: str) -> None:
     reference = write_tiny_model(tmp_path)
@@ -55,6 +63,7 @@ async def test_greedy_output_is_transformers_output(tmp_path: Path, transport: s
     )
     for prompt, output in zip(prompts, outputs, strict=True):
         assert output.tokens[0] == greedy_tokens(reference, prompt, NUM_TOKENS)
+        assert_prefill_is_what_its_worker_measured(output)
 
 
 async def test_the_colocated_form_gives_the_same_output(tmp_path: Path) -> None:
@@ -64,6 +73,7 @@ async def test_the_colocated_form_gives_the_same_output(tmp_path: Path) -> None:
         prompts, await outputs_of(tmp_path, prompts, **COLOCATED), strict=True
     ):
         reference.check(prompt, output.tokens[0])
+        assert_prefill_is_what_its_worker_measured(output)
 
 
 async def test_preempted_sequences_come_back_with_the_same_tokens(tmp_path: Path) -> None:
