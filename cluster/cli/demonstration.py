@@ -148,8 +148,8 @@ def _perform(name: str, num_requests: int) -> None:
             operate.print_status(api.status(), num_events=4)
         second.join()
         out.print(_phases([*load.answers, *second.answers]))
-        out.print(f"while decode was scaled: {load.outcome()}")
-        out.print(f"on both decode workers: {second.outcome()}")
+        out.print(f"sent before decode was scaled: {load.outcome()}")
+        out.print(f"sent afterwards: {second.outcome()}")
 
 
 def _scale_decode(name: str, size: int, load: Load) -> None:
