@@ -57,9 +57,8 @@ def _model(settings: DeploymentSettings) -> Iterator[EarlyFinding]:
     yield _looked_at(
         "max_model_len", lambda: f"{choose_model_len(model, limit, facts.path):,} of {limit:,}"
     )
-    devices = sorted({pool.device for pool in (settings.prefill, settings.decode) if pool.replicas})
-    for device in devices:
-        yield _looked_at("dtype", lambda: choose_dtype(model, facts.dtype, device))  # noqa: B023
+    device = settings.decode.device  # settings with pools on unlike devices are refused
+    yield _looked_at("dtype", lambda: choose_dtype(model, facts.dtype, device))
     yield _looked_at("tokenizer", lambda: _tokenizer(facts))
 
 
