@@ -347,7 +347,9 @@ class SessionResponse(_message.Message):
 
     @_builtins.property
     def phase(self) -> Global___PhaseReport:
-        """What a phase of an attempt took; sent when the phase has ended."""
+        """What a phase of an attempt took; sent when the phase has ended. Prefill comes before the first
+        token, with which the router may end the request.
+        """
 
     def __init__(
         self,
