@@ -143,7 +143,7 @@ def parse_model_config(
         tie_word_embeddings=keys.flag("tie_word_embeddings", False),
         says_tie_word_embeddings=keys.has("tie_word_embeddings"),
         qkv_bias=qkv_bias,
-        o_bias=qkv_bias if architecture.o_bias is None else architecture.o_bias,
+        o_bias=_out_bias(keys, architecture, qkv_bias),
         mlp_bias=_bias(keys, "mlp_bias", architecture.mlp_bias),
         qk_norm=architecture.qk_norm,
         windows=_windows(keys, architecture, num_layers, max_position),
@@ -161,6 +161,12 @@ def parse_model_config(
         raise UnsupportedModelError(
             f"{source} has a head_dim of {config.head_dim}; rotary embeddings need an even one. "
             "Choose another model."
+        )
+    num_factors = len(config.rope.frequency_factors)
+    if num_factors not in (0, config.head_dim // 2):
+        raise ConfigError(
+            f"{source} has {num_factors} frequency_factors, and heads of {config.head_dim} "
+            f"dimensions need {config.head_dim // 2}. Correct the file."
         )
     return config
 
@@ -192,6 +198,13 @@ def _bias(keys: ConfigKeys, key: str, fixed: bool | None) -> bool:
     """
     value = keys.flag(key, False)
     return value if fixed is None else fixed
+
+
+def _out_bias(keys: ConfigKeys, architecture: Architecture, qkv_bias: bool) -> bool:
+    """Read a key of our own, which the conversion of GGUF files writes."""
+    if architecture.o_bias is not None:
+        return architecture.o_bias
+    return keys.flag("attention_out_bias", qkv_bias)
 
 
 def _rope(keys: ConfigKeys, max_position: int) -> RopeConfig:

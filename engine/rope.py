@@ -36,11 +36,13 @@ class RopeConfig:
     truncate: bool = True
     attention_factor: float = 1.0
     """Multiplies cos and sin."""
+    frequency_factors: tuple[float, ...] = ()
+    """Divide the original frequencies, one each, before they are scaled; empty: by 1."""
 
 
 _KEYS = {
-    RopeType.DEFAULT: set[str](),
-    RopeType.LINEAR: {"factor"},
+    RopeType.DEFAULT: {"frequency_factors"},
+    RopeType.LINEAR: {"factor", "frequency_factors"},
     RopeType.LLAMA3: {
         "factor",
         "original_max_position_embeddings",
@@ -51,6 +53,7 @@ _KEYS = {
         "factor",
         "original_max_position_embeddings",
         "attention_factor",
+        "frequency_factors",
         "beta_fast",
         "beta_slow",
         "mscale",
@@ -133,6 +136,7 @@ def read_rope(values: Mapping[str, object], theta: float, max_position: int) -> 
         beta_slow=_number(given, "beta_slow", 1.0),
         truncate=bool(given.get("truncate", True)),
         attention_factor=_yarn_attention(given, factor) if rope_type is RopeType.YARN else 1.0,
+        frequency_factors=_frequency_factors(given),
     )
 
 
@@ -142,6 +146,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> "torch.Tensor":
 
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     plain = 1.0 / (rope.theta**exponents)
+    if rope.frequency_factors:
+        plain = plain / torch.tensor(rope.frequency_factors, dtype=torch.float32)
     match rope.type:
         case RopeType.DEFAULT:
             return plain
@@ -189,6 +195,19 @@ def _yarn_attention(given: Mapping[str, object], factor: float) -> float:
     if given.get("mscale") and given.get("mscale_all_dim"):
         return scale(_number(given, "mscale", 1.0)) / scale(_number(given, "mscale_all_dim", 1.0))
     return scale(1.0)
+
+
+def _frequency_factors(given: Mapping[str, object]) -> tuple[float, ...]:
+    """Read a key of our own, which the conversion of GGUF files writes."""
+    values = given.get("frequency_factors", [])
+    if not isinstance(values, list) or not all(
+        isinstance(v, int | float) and v > 0 for v in values
+    ):
+        raise UnsupportedModelError(
+            "The model's rope parameter frequency_factors must be a list of numbers above 0. "
+            "Correct its config.json."
+        )
+    return tuple(float(value) for value in values)
 
 
 def _number(given: Mapping[str, object], key: str, default: float) -> float:

@@ -14,7 +14,7 @@ from tiny_tokenizer import EOS_ID, write_tokenizer
 
 from paceline.engine.config_keys import HARMLESS
 from paceline.engine.model_config import parse_model_config, read_model_config
-from paceline.engine.rope import RopeType
+from paceline.engine.rope import RopeType, inverse_frequencies
 from paceline.errors import ConfigError, UnsupportedModelError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -308,6 +308,31 @@ def test_how_yarn_was_trained_changes_nothing() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     with_key = parse(rope_scaling=yarn | {"finetuned": True})
     assert with_key == parse(rope_scaling=yarn)
+
+
+def test_frequency_factors_divide_the_frequencies_of_their_dimensions() -> None:
+    factors = [1.0, 1.0, 1.0, 2.0, 2.0, 4.0, 8.0, 8.0]
+    plain, divided = parse(), parse(rope_parameters={"frequency_factors": factors})
+    ratio = inverse_frequencies(plain.rope, 16) / inverse_frequencies(divided.rope, 16)
+    assert ratio.tolist() == factors
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [([2.0] * 7, "7 frequency_factors"), ([1.0, 0.0], "above 0"), (2.0, "a list"), ("2", "a list")],
+)
+def test_wrong_frequency_factors_are_refused(factors: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(rope_parameters={"frequency_factors": factors})
+
+
+def test_bias_of_the_attention_output_follows_the_others_unless_it_has_a_key() -> None:
+    for bias in (False, True):
+        assert parse(attention_bias=bias).o_bias is bias
+        other = parse(attention_bias=bias, attention_out_bias=not bias)
+        assert (other.qkv_bias, other.o_bias) == (bias, not bias)
+    with pytest.raises(UnsupportedModelError, match="attention_out_bias"):
+        parse("Qwen2ForCausalLM", attention_out_bias=True)
 
 
 @pytest.mark.parametrize(
