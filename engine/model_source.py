@@ -19,7 +19,7 @@ from paceline.engine.settings import ModelSettings
 from paceline.engine.weight_files import WeightFiles, find_weight_files
 from paceline.errors import ConfigError, UnsupportedModelError
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Grows when what is written into a cached folder changes."""
 CONVERSION_TIMEOUT_S = 1800.0
 """Far longer than converting the largest file takes; another process may be converting it."""
@@ -55,6 +55,7 @@ def prepare_model(settings: ModelSettings, cache_dir: Path, on_progress: OnProgr
     is_gguf = path.is_file()
     if not is_gguf:
         return ModelFolder(path, _folder_revision(path, settings.load_format == "dummy"), name)
+    _check_gguf(path)  # in a second, before a large file is digested
     digest = _file_digest(path)
     dtype = "float32" if settings.dtype == "auto" else settings.dtype
     folder = cache_dir / f"{path.stem}-{digest[:16]}-{dtype}-v{CACHE_FORMAT}"
@@ -121,6 +122,13 @@ def _check_format(settings: ModelSettings, path: Path, is_gguf: bool) -> None:
         )
 
 
+def _check_gguf(path: Path) -> None:
+    from paceline.engine.gguf.config import describe_model  # late: a folder needs no gguf
+    from paceline.engine.gguf.reader import read_gguf
+
+    describe_model(read_gguf(path))
+
+
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
@@ -170,7 +178,7 @@ def _run_conversion(source: Path, dtype: str, folder: Path, on_progress: OnProgr
         "TQDM_DISABLE": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    command = [sys.executable, "-m", "paceline.engine.gguf_conversion"]
+    command = [sys.executable, "-m", "paceline.engine.gguf.conversion"]
     with (
         tempfile.TemporaryFile("w+") as complaints,
         subprocess.Popen(
@@ -204,6 +212,6 @@ def _run_conversion(source: Path, dtype: str, folder: Path, on_progress: OnProgr
         last = complaints.read().strip().splitlines()[-1:] or ["it said nothing"]
         raise ConfigError(
             f"Converting {source} to {dtype} ended with status {code}: {last[0]}. Make sure that "
-            "the packages gguf and accelerate are installed (pip install 'paceline[demo]') and "
-            "that the disk and memory hold the model, or set model.path to a safetensors folder."
+            f"the disk of {folder.parent} and the memory hold the model, or set model.path to a "
+            "safetensors folder."
         )

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from model_references import write_model
+from gguf_files import write_gguf, write_model_gguf
+from model_references import make_model, write_model
 from platformdirs import user_cache_path
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from paceline.engine import model_source
-from paceline.engine.gguf_conversion import check_metadata
 from paceline.engine.model_config import read_model_config
 from paceline.engine.model_source import ModelFolder, prepare_model
 from paceline.engine.settings import ModelSettings
@@ -71,29 +70,35 @@ def test_dummy_needs_config_json_alone(tmp_path: Path) -> None:
     assert prepare(tmp_path, path=str(tmp_path), load_format="dummy").path == tmp_path
 
 
-def test_file_that_is_no_gguf_is_refused_and_leaves_no_folder(tmp_path: Path) -> None:
+def test_file_that_is_no_gguf_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "broken.gguf"
-    path.write_bytes(b"GGUF but not really")
+    path.write_bytes(b"GGUF\x03\0\0\0 but not really")
     with pytest.raises(ConfigError, match="cannot be read as GGUF"):
         prepare(tmp_path / "cache", path=str(path))
-    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+    assert not (tmp_path / "cache").exists()
 
 
-def test_gguf_with_scaled_rope_is_refused_because_transformers_would_drop_it(
-    tmp_path: Path,
+def test_what_a_gguf_file_says_is_refused_before_the_file_is_digested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gguf = pytest.importorskip("gguf")
-    path = tmp_path / "scaled.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-    writer.add_tensor("rope_freqs.weight", torch.ones(8).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(UnsupportedModelError) as refusal:
-        check_metadata(path)
-    assert "llama.rope.scaling.type, rope_freqs.weight" in str(refusal.value)
+    monkeypatch.setattr(model_source, "_file_digest", lambda path: pytest.fail("digested"))
+    model = make_model("LlamaForCausalLM")
+    other = write_gguf(tmp_path / "other.gguf", {}, {}, "qwen2moe")
+    with pytest.raises(UnsupportedModelError, match=r"'qwen2moe'.*one of: llama, qwen2, qwen3"):
+        prepare(tmp_path / "cache", path=str(other))
+    part = write_model_gguf(tmp_path / "part.gguf", model, keys={"split.count": 2})
+    with pytest.raises(UnsupportedModelError, match="one of the 2 files"):
+        prepare(tmp_path / "cache", path=str(part))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_error_of_a_conversion_arrives_and_leaves_no_folder(tmp_path: Path) -> None:
+    model = make_model("LlamaForCausalLM")
+    tensors = {"blk.2.ffn_up.weight": None}
+    path = write_model_gguf(tmp_path / "model.gguf", model, tensors=tensors)
+    with pytest.raises(ConfigError, match=r"1 missing: blk\.2\.ffn_up\.weight"):
+        prepare(tmp_path / "cache", path=str(path))
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
 
 
 def test_held_lock_ends_in_an_error_that_names_it(
@@ -116,7 +121,7 @@ def test_converted_folder_has_merged_weights_and_all_that_a_router_needs() -> No
     """Converted on the first run of these tests (about 20 s), cached afterwards."""
     folder = prepare(user_cache_path("paceline"), path=SMOLLM2, dtype="float32")
     config = read_model_config(folder.path)
-    assert (config.num_layers, config.num_kv_heads, config.eos_token_ids) == (30, 3, (2,))
+    assert (config.num_layers, config.num_kv_heads, config.eos_token_ids) == (30, 3, (0, 2))
     with safe_open(folder.path / "model.safetensors", framework="pt") as weights:
         names = set(weights.keys())
     assert "model.layers.0.self_attn.qkv_proj.weight" in names
