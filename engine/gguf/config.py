@@ -1,7 +1,7 @@
 """The config.json and generation_config.json of a GGUF file's model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from paceline.engine.gguf.keys import check_keys
@@ -17,6 +17,7 @@ CLASSES = {
 }
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
+TOKENS = "tokenizer.ggml.tokens"
 
 END_KEYS = (
     "tokenizer.ggml.eos_token_id",
@@ -90,10 +91,16 @@ def _config(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> dict[str
 
 def _generation(metadata: Metadata) -> dict[str, Any]:
     """Name the tokens that end a generation."""
-    tokens: Sequence[str] = metadata.values.get("tokenizer.ggml.tokens", ())
-    named = [metadata.values[key] for key in END_KEYS if key in metadata.values]
-    known = [token_id for token_id, text in enumerate(tokens) if text in END_TEXTS]
-    return {"eos_token_id": sorted({*named, *known})}
+    ends = {
+        token_id for token_id, text in enumerate(metadata.texts(TOKENS) or ()) if text in END_TEXTS
+    }
+    for key in END_KEYS:
+        token_id = metadata.values.get(key)
+        if isinstance(token_id, int):
+            ends.add(token_id)
+        elif token_id is not None:
+            raise metadata.wrong(key, token_id, "the number of a token")
+    return {"eos_token_id": sorted(ends)}
 
 
 def _head_dim(metadata: Metadata, hidden_size: int, num_heads: int) -> int:
@@ -133,14 +140,17 @@ def _vocab_size(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> int:
             "the file again, or convert the model again."
         )
     num_rows = tensors[EMBEDDING].shape[0]
-    num_tokens = len(metadata.values.get("tokenizer.ggml.tokens", range(num_rows)))
-    said = metadata.count("vocab_size", num_rows)
-    if num_tokens != num_rows or said != num_rows:
-        raise ConfigError(
-            f"{metadata.path} has {num_rows} rows in {EMBEDDING}, {num_tokens} texts in "
-            f"tokenizer.ggml.tokens and {metadata.key('vocab_size')} = {said}: all three must be "
-            "the same. Convert the model again."
-        )
+    tokens = metadata.texts(TOKENS)
+    said = {
+        metadata.key("vocab_size"): metadata.count("vocab_size", num_rows),
+        f"the length of {TOKENS}": num_rows if tokens is None else len(tokens),
+    }
+    for what, number in said.items():
+        if number != num_rows:
+            raise ConfigError(
+                f"{metadata.path} has {num_rows} rows in {EMBEDDING}, and {what} is {number}: each "
+                "token needs one row. Convert the model again."
+            )
     return num_rows
 
 

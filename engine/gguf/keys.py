@@ -82,6 +82,8 @@ ONLY: Mapping[str, object] = {
     "{arch}.attn_logit_softcapping": 0.0,
     "{arch}.embedding_scale": 1.0,
     "{arch}.expert_count": 0,
+    "{arch}.expert_group_count": 0,
+    "{arch}.expert_group_used_count": 0,
     "{arch}.expert_used_count": 0,
     "{arch}.final_logit_softcapping": 0.0,
     "{arch}.logit_scale": 1.0,
@@ -144,7 +146,7 @@ def _check_split(metadata: Metadata) -> None:
         return
     number = metadata.values.get("split.no", 0)
     raise UnsupportedModelError(
-        f"{metadata.path} is one of the {count} files into which a model was split (split.no = "
-        f"{number}), and parts are not read. Merge them with llama.cpp's tool: llama-gguf-split "
-        "--merge FIRST-FILE MERGED.gguf, and set model.path to the merged file."
+        f"{metadata.path} is one of the {count} files into which a model was split (split.count = "
+        f"{count}, split.no = {number}), and parts are not read. Merge them with llama.cpp's tool: "
+        "llama-gguf-split --merge FIRST-FILE MERGED.gguf, and set model.path to the merged file."
     )

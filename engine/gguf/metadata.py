@@ -65,9 +65,17 @@ class Metadata:
             raise self.wrong(key, value, "a text")
         return value
 
+    def texts(self, key: str) -> list[str] | None:
+        """Return a list of texts, None if there is none; `key` is the whole key."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, list):
+            raise self.wrong(key, value, "a list of texts")
+        return value
+
     def wrong(self, key: str, value: object, wanted: str) -> ConfigError:
         return ConfigError(
-            f"{self.path} says {key} = {value!r}, and it must be {wanted}. Convert the model again."
+            f"{self.path} says {key} = {short(value)}, and it must be {wanted}. Convert the model "
+            "again."
         )
 
     def refused(self, key: str, why: str) -> UnsupportedModelError:

@@ -404,6 +404,13 @@ def test_a_mixture_of_experts_that_calls_itself_llama_is_refused(tmp_path: Path)
         convert(path)
 
 
+def test_a_file_that_says_another_number_of_tensors_is_refused(tmp_path: Path) -> None:
+    keys = {"qwen3.attention.key_length": 16, "split.tensors.count": 40}
+    path = write_model_gguf(tmp_path / "model.gguf", one_layer(), "qwen3", keys=keys)
+    with pytest.raises(ConfigError, match=r"has 14 tensors, and split\.tensors\.count says 40"):
+        convert(path)
+
+
 def test_a_type_that_gguf_cannot_expand_is_refused_by_name(tmp_path: Path) -> None:
     path = write_model_gguf(
         tmp_path / "model.gguf",
