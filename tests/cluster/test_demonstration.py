@@ -75,7 +75,6 @@ def test_waiting_shows_progress_and_ends_at_its_deadline(
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_demonstration_runs_to_its_end_and_leaves_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="the demonstration's model is a GGUF file")
     code = "from paceline.cluster.cli import main; main()"
     # Ray makes sockets in it, so it has to be short.
     runtime_folder = Path("/tmp") / f"pd-{os.getpid()}"
