@@ -75,12 +75,11 @@ def read_architecture(path: Path) -> str:
 
     Raises UnsupportedModelError if it is not implemented, ConfigError if the file is damaged.
     """
-    with path.open("rb") as file:
-        cursor = _open_cursor(path, file.fileno())
-        _num_tensors, num_keys = cursor.scalar("Q"), cursor.scalar("Q")
-        for key, value in _key_values(cursor, num_keys):
-            if key == "general.architecture":
-                return _check_architecture(path, value)
+    cursor = _open(path)
+    _num_tensors, num_keys = cursor.scalar("Q"), cursor.scalar("Q")
+    for key, value in _key_values(cursor, num_keys):
+        if key == "general.architecture":
+            return _check_architecture(path, value)
     return _check_architecture(path, None)
 
 
@@ -91,15 +90,14 @@ def read_gguf(path: Path) -> GgufFile:
     ConfigError if the file is damaged.
     """
     architecture = read_architecture(path)
-    with path.open("rb") as file:
-        cursor = _open_cursor(path, file.fileno())
-        num_tensors, num_keys = cursor.scalar("Q"), cursor.scalar("Q")
-        metadata: dict[str, Any] = {}
-        for key, value in _key_values(cursor, num_keys):
-            if key in metadata:
-                raise cursor.damaged(f"the key {key} is there twice")
-            metadata[key] = value
-        tensors = _tensors(cursor, num_tensors, _alignment(cursor, metadata))
+    cursor = _open(path)
+    num_tensors, num_keys = cursor.scalar("Q"), cursor.scalar("Q")
+    metadata: dict[str, Any] = {}
+    for key, value in _key_values(cursor, num_keys):
+        if key in metadata:
+            raise cursor.damaged(f"the key {key} is there twice")
+        metadata[key] = value
+    tensors = _tensors(cursor, num_tensors, _alignment(cursor, metadata))
     return GgufFile(path, architecture, metadata, tensors)
 
 
@@ -160,11 +158,17 @@ class _Cursor:
         return _SCALARS[type_id]
 
 
-def _open_cursor(path: Path, file_number: int) -> _Cursor:
+def _open(path: Path) -> _Cursor:
     """Map the file, check what it starts with, and step to the number of tensors."""
-    if path.stat().st_size == 0:
-        raise ConfigError(f"{path} is empty. Download the file again.")
-    cursor = _Cursor(path, mmap.mmap(file_number, 0, access=mmap.ACCESS_READ))
+    try:
+        if path.stat().st_size == 0:
+            raise ConfigError(f"{path} is empty. Download the file again.")
+        with path.open("rb") as file:
+            cursor = _Cursor(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}. Make it readable for this user."
+        ) from error
     magic = bytes(cursor.buffer[:4])
     if magic != b"GGUF":
         what = _OTHER_FORMATS.get(magic, f"not GGUF: it starts with {magic!r}. Set another file")

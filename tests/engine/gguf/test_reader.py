@@ -120,6 +120,11 @@ def test_what_is_no_readable_gguf_file_is_named(data: bytes, message: str, tmp_p
             read(path)
 
 
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.gguf cannot be read: .*No such file"):
+        read_gguf(tmp_path / "model.gguf")
+
+
 def test_architecture_that_is_not_implemented_is_refused_with_the_list(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", {}, {}, "falcon")
     with pytest.raises(UnsupportedModelError, match=r"falcon.*llama, qwen2, qwen3"):
