@@ -1,0 +1,117 @@
+"""Tokenizers of GGUF files with the model `llama`: SentencePiece BPE, with scores and byte tokens.
+
+Such a file has no merges. Any two neighbours whose joined text is a token may merge, and the token
+with the best score goes first. Here each token becomes one merge for each of its splits, in the
+order of the scores.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+
+from paceline.engine.gguf.special_tokens import SpecialTokens
+from paceline.engine.gguf.vocabulary import TokenKind, Vocabulary
+from paceline.errors import ConfigError, UnsupportedModelError
+
+_SPACE = "▁"
+
+
+class _Merge(NamedTuple):
+    """Sorts by the fields that are numbers."""
+
+    cost: float
+    order: tuple[bool, int, int]
+    left: str
+    right: str
+
+
+def build_sentencepiece(
+    metadata: Mapping[str, Any], vocabulary: Vocabulary, special: SpecialTokens
+) -> Tokenizer:
+    """Build the tokenizer, without special tokens.
+
+    Raises UnsupportedModelError or ConfigError for vocabularies that would give other tokens than
+    llama.cpp's.
+    """
+    _check_byte_tokens(vocabulary)
+    merges = _derive_merges(vocabulary, special.hidden | special.shown)
+    tokenizer = Tokenizer(BPE(vocab=dict(vocabulary.ids), merges=merges, byte_fallback=True))
+    # Normalizers and pre-tokenizers see each text between special tokens by itself, and llama.cpp
+    # puts the space before each of them.
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prepend = [normalizers.Prepend(_SPACE)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
+    strip = [decoders.Strip(" ", left=1, right=0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _check_byte_tokens(vocabulary: Vocabulary) -> None:
+    texts = {f"<0x{byte:02X}>" for byte in range(256)}
+    found = {vocabulary.tokens[token_id] for token_id in vocabulary.of_kind(TokenKind.BYTE)}
+    if wrong := sorted(texts ^ found):
+        raise ConfigError(
+            "the vocabulary of tokenizer.ggml.model = 'llama' needs the 256 tokens <0x00> to "
+            f"<0xFF>, of the type byte and no others. Wrong or absent: {', '.join(wrong[:5])}"
+            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}. Convert the model again."
+        )
+
+
+def _derive_merges(vocabulary: Vocabulary, special: frozenset[int]) -> list[tuple[str, str]]:
+    if vocabulary.scores is None:
+        raise ConfigError(
+            "the GGUF file has no tokenizer.ggml.scores, which tokenizer.ggml.model = 'llama' "
+            "needs. Convert the model again."
+        )
+    by_score: dict[float, str] = {}
+    merges: list[_Merge] = []
+    for token_id, text in enumerate(vocabulary.tokens):
+        if " " in text or (token_id in special and _SPACE not in text):
+            continue  # nothing has this text once spaces are escaped and special tokens cut out
+        splits = list(_splits(text, vocabulary))
+        if not splits:
+            continue
+        score = vocabulary.scores[token_id]
+        other = by_score.setdefault(score, text)
+        if other != text and not _is_one_run(other + text):
+            raise UnsupportedModelError(
+                f"the tokens {other!r} and {text!r} have the same score, {score}. Then llama.cpp "
+                "merges what stands further left, and paceline cannot. Set model.path to the "
+                "model's safetensors folder."
+            )
+        merges += [_Merge(-score, _order(text, cut), text[:cut], text[cut:]) for cut in splits]
+    return [(merge.left, merge.right) for merge in sorted(merges)]
+
+
+def _splits(text: str, vocabulary: Vocabulary) -> Iterator[int]:
+    """Find the places where two symbols can meet to become this token."""
+    for cut in range(1, len(text)):
+        parts = text[:cut], text[cut:]
+        if not all(len(part) == 1 or part in vocabulary.ids for part in parts):
+            continue
+        for part in parts:
+            part_id = vocabulary.ids.get(part)
+            if part_id is None or vocabulary.kinds[part_id] is TokenKind.BYTE:
+                raise UnsupportedModelError(
+                    f"the token {text!r} can come from {parts[0]!r} and {parts[1]!r}, and {part!r} "
+                    "is not a token of its own. That is not implemented. Convert the model again."
+                )
+        yield cut
+
+
+def _is_one_run(text: str) -> bool:
+    """Tell a run of one character, such as spaces: in SentencePiece they share the worst score."""
+    return len(set(text)) == 1
+
+
+def _order(text: str, cut: int) -> tuple[bool, int, int]:
+    """Order the merges of one score so that the one further left goes first.
+
+    Two merges of one token can claim the same symbol only if the right part of one begins the
+    token, as in x|yx and xy|x. In a run, what stands further left is longer.
+    """
+    return not text.startswith(text[cut:]), -cut, cut - len(text)
