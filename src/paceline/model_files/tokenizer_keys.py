@@ -82,7 +82,7 @@ _HARMLESS = {
         "changes text that transformers decodes; paceline returns what the tokens spell",
     ),
     **dict.fromkeys(
-        ("legacy", "sp_model_kwargs", "from_slow", "use_fast", "add_dummy_prefix_space"),
+        ("legacy", "sp_model_kwargs", "use_fast"),
         "about making tokenizer.json from a SentencePiece model, which is done",
     ),
     "use_default_system_prompt": "no template is built in",
@@ -102,12 +102,12 @@ _HARMLESS = {
         ("local_files_only", "trust_remote_code", "device_map", "verbose", "transformers_version"),
         "how transformers loaded it",
     ),
-    **dict.fromkeys(("image_processor_type", "language", "task"), "about other kinds of models"),
 }
 _REFUSED: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("auto_map", "the model brings code that makes the tokens, which is never run", ()),
     ("fast_tokenizer_files", "names other files for other versions", (["tokenizer.json"],)),
     ("fix_mistral_regex", "splits text differently from tokenizer.json", (False,)),
+    ("from_slow", "makes the tokens from a SentencePiece model", (False,)),
     ("do_lower_case", "changes text before it is split", (False,)),
     ("do_basic_tokenize", "changes text before it is split", (True, False)),
     ("never_split", "changes how text is split", ([],)),
