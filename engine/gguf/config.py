@@ -77,7 +77,7 @@ def _config(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> dict[str
         "vocab_size": _vocab_size(metadata, tensors),
         "hidden_size": hidden_size,
         "intermediate_size": metadata.count("feed_forward_length"),
-        "num_hidden_layers": metadata.count("block_count"),
+        "num_hidden_layers": _num_layers(metadata, tensors),
         "num_attention_heads": num_heads,
         "num_key_value_heads": metadata.count("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
@@ -103,7 +103,23 @@ def _generation(metadata: Metadata) -> dict[str, Any]:
     return {"eos_token_id": sorted(ends)}
 
 
+def _num_layers(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> int:
+    num_layers = metadata.count("block_count")
+    if num_layers > len(tensors):  # before anyone lists the tensors of billions of layers
+        raise metadata.wrong(
+            metadata.key("block_count"), num_layers, f"below the {len(tensors)} of its tensors"
+        )
+    return num_layers
+
+
 def _head_dim(metadata: Metadata, hidden_size: int, num_heads: int) -> int:
+    key_length = metadata.key("attention.key_length")
+    if key_length not in metadata.values and hidden_size % num_heads:
+        raise metadata.wrong(
+            metadata.key("attention.head_count"),
+            num_heads,
+            f"a divisor of the {hidden_size} of embedding_length, because there is no {key_length}",
+        )
     head_dim = metadata.count("attention.key_length", hidden_size // num_heads)
     value_length = metadata.count("attention.value_length", head_dim)
     if value_length != head_dim:

@@ -18,6 +18,7 @@ from paceline.engine.gguf.config import Description, describe_model
 from paceline.engine.gguf.keys import HARMLESS, ONLY, USED, check_keys
 from paceline.engine.gguf.metadata import Metadata
 from paceline.engine.gguf.reader import GgufFile, read_gguf
+from paceline.engine.model_config import parse_model_config
 from paceline.errors import PacelineError, UnsupportedModelError
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "gguf.md"
@@ -141,7 +142,9 @@ def describe(file: GgufFile, key: str, value: Any) -> Description | str:
     if value is not None:
         values[key] = value
     try:
-        return describe_model(GgufFile(file.path, file.architecture, values, file.tensors))
+        model = describe_model(GgufFile(file.path, file.architecture, values, file.tensors))
+        parse_model_config(model.config, model.generation, "config.json")
+        return model
     except PacelineError as refusal:
         return str(refusal)
 
@@ -182,7 +185,14 @@ KEYS_OF_A_FILE = [
     if pattern not in ("general.architecture", "tokenizer.*")
 ]
 VALUES = st.one_of(
-    st.integers(-1, 5), st.floats(0, 4), st.text(max_size=4), st.booleans(), st.just(float("nan"))
+    st.integers(-1, 5),
+    st.integers(0, 2**64 - 1),
+    st.floats(0, 4),
+    st.floats(width=32),
+    st.text(max_size=4),
+    st.booleans(),
+    st.lists(st.text(max_size=4), max_size=3),
+    st.lists(st.integers(0, 5), max_size=3).map(np.array),
 )
 
 
@@ -211,8 +221,9 @@ def test_any_value_of_any_key_changes_the_model_or_is_refused_or_is_known_to_cha
     file: GgufFile, key: str, value: Any
 ) -> None:
     outcome = describe(file, key, value)
+    before = file.metadata.get(key)
     assert (
         outcome != describe_model(file)
-        or file.metadata.get(key) == value
+        or (before == value if isinstance(value, int | float | str) else before is value)
         or any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE_NOTHING)
     )
