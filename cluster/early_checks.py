@@ -68,7 +68,7 @@ def _tokenizer(facts: ModelFacts) -> str:
     tokenizer = PromptTokenizer.from_folder(facts.path, num_threads=1)
     tokenizer.close()
     template = "with a chat template" if tokenizer.has_chat_template else "without a chat template"
-    return f"{tokenizer.tokenizer.get_vocab_size():,} tokens, {template}"
+    return f"tokenizer.json, {template}"
 
 
 def _ports(settings: DeploymentSettings) -> Iterator[EarlyFinding]:

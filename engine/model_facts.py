@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from paceline.engine.gguf_header import read_gguf_header
+from paceline.engine.gguf.check import check_gguf
 from paceline.engine.model_config import read_model_config
 from paceline.engine.model_source import locate_model
 from paceline.engine.settings import ModelSettings
+from paceline.engine.weight_files import find_weight_files
 from paceline.errors import ConfigError
 
 
@@ -28,14 +29,12 @@ def read_model_facts(settings: ModelSettings) -> ModelFacts:
     """
     path = locate_model(settings)
     if path.is_file():
-        header = read_gguf_header(path)
-        return ModelFacts(path, header.architecture, header.context_length, "float32")
+        values = check_gguf(path)
+        [architecture] = values["architectures"]
+        return ModelFacts(path, architecture, values["max_position_embeddings"], "float32")
     config = read_model_config(path)
-    if settings.load_format != "dummy" and not any(path.glob("*.safetensors")):
-        raise ConfigError(
-            f"{path} has no .safetensors file. Set model.path to a folder with safetensors, or "
-            "model.load_format to dummy for random weights."
-        )
+    if settings.load_format != "dummy":
+        find_weight_files(path)
     return ModelFacts(path, config.architecture, config.max_position_embeddings, config.dtype)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from paceline.engine.gguf.check import check_gguf
 from paceline.engine.settings import ModelSettings
 from paceline.engine.weight_files import WeightFiles, find_weight_files
 from paceline.errors import ConfigError, UnsupportedModelError
@@ -55,7 +56,7 @@ def prepare_model(settings: ModelSettings, cache_dir: Path, on_progress: OnProgr
     is_gguf = path.is_file()
     if not is_gguf:
         return ModelFolder(path, _folder_revision(path, settings.load_format == "dummy"), name)
-    _check_gguf(path)  # in a second, before a large file is digested
+    check_gguf(path)  # in a second, before a large file is digested
     digest = _file_digest(path)
     dtype = "float32" if settings.dtype == "auto" else settings.dtype
     folder = cache_dir / f"{path.stem}-{digest[:16]}-{dtype}-v{CACHE_FORMAT}"
@@ -120,13 +121,6 @@ def _check_format(settings: ModelSettings, path: Path, is_gguf: bool) -> None:
             f"There is no config.json in {path}: not a model's folder in Hugging Face's form. "
             "Set model.path to a folder that has one, to a .gguf file, or to package:NAME."
         )
-
-
-def _check_gguf(path: Path) -> None:
-    from paceline.engine.gguf.config import describe_model  # late: a folder needs no gguf
-    from paceline.engine.gguf.reader import read_gguf
-
-    describe_model(read_gguf(path))
 
 
 def _file_digest(path: Path) -> str:

@@ -1,8 +1,8 @@
-"""The config.json and generation_config.json of a GGUF file's model."""
+"""The config.json of a GGUF file's model."""
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from paceline.engine.gguf.keys import check_keys
 from paceline.engine.gguf.metadata import Metadata
@@ -19,54 +19,18 @@ EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 TOKENS = "tokenizer.ggml.tokens"
 
-END_KEYS = (
-    "tokenizer.ggml.eos_token_id",
-    "tokenizer.ggml.eot_token_id",
-    "tokenizer.ggml.eom_token_id",
-)
-# A file names one end of a text, and a chat ends with another: llama.cpp goes by the texts of
-# tokens. These are its texts, without those of fill-in-the-middle and of other architectures.
-END_TEXTS = frozenset(
-    {
-        "</s>",
-        "<EOT>",
-        "<end_of_turn>",
-        "<end_of_utterance>",
-        "<eos>",
-        "<|end_of_text|>",
-        "<|end|>",
-        "<|endoftext|>",
-        "<|eom_id|>",
-        "<|eot_id|>",
-        "<|im_end|>",
-        "[EOS]",
-        "[EOT]",
-        "_<EOT>",
-    }
-)
 
+def describe_model(file: GgufFile) -> dict[str, Any]:
+    """Return the config.json of a file's model, all but the dtype.
 
-class Description(NamedTuple):
-    """A model, in the words of folders in Hugging Face's format."""
-
-    config: dict[str, Any]
-    """config.json, all but the dtype."""
-    generation: dict[str, Any]
-    """generation_config.json."""
-
-
-def describe_model(file: GgufFile) -> Description:
-    """Describe a file's model; takes less than a second for a file of any size.
+    Takes less than a second for a file of any size.
 
     Raises UnsupportedModelError for keys and shapes that are not implemented, ConfigError for
     values that are missing or contradict each other.
     """
     metadata = Metadata.of(file)
     check_keys(metadata)
-    return Description(_config(metadata, file.tensors), _generation(metadata))
-
-
-def _config(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    tensors = file.tensors
     hidden_size = metadata.count("embedding_length")
     num_heads = metadata.count("attention.head_count")
     head_dim = _head_dim(metadata, hidden_size, num_heads)
@@ -87,20 +51,6 @@ def _config(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> dict[str
         "tie_word_embeddings": HEAD not in tensors,
     }
     return values | _biases(metadata.architecture, tensors)
-
-
-def _generation(metadata: Metadata) -> dict[str, Any]:
-    """Name the tokens that end a generation."""
-    ends = {
-        token_id for token_id, text in enumerate(metadata.texts(TOKENS) or ()) if text in END_TEXTS
-    }
-    for key in END_KEYS:
-        token_id = metadata.values.get(key)
-        if isinstance(token_id, int):
-            ends.add(token_id)
-        elif token_id is not None:
-            raise metadata.wrong(key, token_id, "the number of a token")
-    return {"eos_token_id": sorted(ends)}
 
 
 def _num_layers(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> int:

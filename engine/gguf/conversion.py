@@ -17,7 +17,7 @@ from paceline.engine.gguf.config import describe_model
 from paceline.engine.gguf.reader import GgufFile, read_gguf
 from paceline.engine.gguf.safetensors_stream import write_safetensors
 from paceline.engine.gguf.tensors import expand, find_sources
-from paceline.engine.gguf.transformers_tokenizer import write_tokenizer
+from paceline.engine.gguf.tokenizer import end_token_ids, write_tokenizer
 from paceline.engine.kv_pool import TORCH_DTYPES
 from paceline.engine.model_config import parse_model_config
 from paceline.engine.weights import tensor_specs
@@ -33,23 +33,23 @@ def convert(source: Path, dtype: str, folder: Path) -> Iterator[float]:
     Raises UnsupportedModelError for what is not implemented, ConfigError for a damaged file.
     """
     file = read_gguf(source)
+    ends = list(end_token_ids(file.metadata))
     model = convert_model(file, dtype, folder)
     next(model)  # checks the whole file before the tokenizer takes its time
-    write_tokenizer(source, folder)
+    _write_json(folder / "generation_config.json", {"eos_token_id": ends})
+    write_tokenizer(file.metadata, folder)
     yield TOKENIZER_SHARE
     for share in model:
         yield TOKENIZER_SHARE + (1 - TOKENIZER_SHARE) * share
 
 
 def convert_model(file: GgufFile, dtype: str, folder: Path) -> Iterator[float]:
-    """Write all but the tokenizer; yield first when everything has been checked."""
-    description = describe_model(file)
-    values = description.config | {"dtype": dtype}
-    config = parse_model_config(values, description.generation, str(file.path))
+    """Write config.json and the weights; yield first when everything has been checked."""
+    values = describe_model(file) | {"dtype": dtype}
+    config = parse_model_config(values, {}, str(file.path))
     sources = find_sources(file, config)
     yield 0.0
     _write_json(folder / "config.json", values)
-    _write_json(folder / "generation_config.json", description.generation)
     yield from write_safetensors(
         folder / "model.safetensors",
         {spec.name: spec.shape for spec in tensor_specs(config)},

@@ -57,8 +57,8 @@ class _Parts(NamedTuple):
 
 
 def _read(metadata: Mapping[str, Any]) -> _Parts:
-    _check_model(metadata)
     check_keys(metadata)
+    _check_model(metadata)
     _check_name(metadata)
     if len(metadata.get("tokenizer.ggml.suppress_tokens", ())) > 0:
         raise UnsupportedModelError(

@@ -8,9 +8,23 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from paceline.errors import UnsupportedModelError
+import numpy as np
+
+from paceline.engine.gguf.metadata import short
+from paceline.errors import ConfigError, UnsupportedModelError
 
 _TEMPLATE_PREFIX = "tokenizer.chat_template."
+_TEXTS = frozenset({"tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"})
+_LISTS_OF_TEXTS = frozenset(
+    {"tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.chat_templates"}
+)
+_LISTS_OF_NUMBERS = frozenset(
+    {
+        "tokenizer.ggml.token_type",
+        "tokenizer.ggml.scores",
+        "tokenizer.ggml.suppress_tokens",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +93,39 @@ TOKENIZER_KEYS: Mapping[str, KeyUse] = MappingProxyType(
 
 
 def check_keys(metadata: Mapping[str, Any]) -> None:
-    """Refuse the keys `tokenizer.*` that nothing here knows."""
+    """Refuse the keys `tokenizer.*` that nothing here knows, and values of a wrong type."""
     for key, value in metadata.items():
-        known = key in TOKENIZER_KEYS or key.startswith(_TEMPLATE_PREFIX)
-        if key.startswith("tokenizer.") and not known:
-            shown = repr(value)
-            shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
+        if not key.startswith("tokenizer."):
+            continue
+        if key not in TOKENIZER_KEYS and not key.startswith(_TEMPLATE_PREFIX):
             raise UnsupportedModelError(
-                f"the GGUF key {key} = {shown} is not implemented, and tokens could be wrong "
-                "without it. Choose a file without the key, or set model.path to the model's "
+                f"the GGUF key {key} = {short(value)} is not implemented, and tokens could be "
+                "wrong without it. Choose a file without the key, or set model.path to the model's "
                 "safetensors folder."
             )
+        is_good, wanted = _has_type(key, value)
+        if not is_good:
+            raise ConfigError(
+                f"the GGUF key {key} is {short(value)}, and it must be {wanted}. Convert the model "
+                "again."
+            )
+
+
+def _has_type(key: str, value: Any) -> tuple[bool, str]:
+    """Tell whether a value has the type of its key, and which type that is."""
+    if key.endswith("_token_id"):
+        return isinstance(value, int) and not isinstance(value, bool), "the number of a token"
+    if key.startswith("tokenizer.ggml.add_"):
+        return isinstance(value, bool), "true or false"
+    if key in _LISTS_OF_TEXTS:
+        return isinstance(value, list) and all(
+            isinstance(text, str) for text in value
+        ), "a list of texts"
+    if key in _LISTS_OF_NUMBERS:
+        return isinstance(value, list | np.ndarray), "a list of numbers"
+    if key in _TEXTS or key.startswith(_TEMPLATE_PREFIX):
+        return isinstance(value, str), "a text"
+    return True, ""
 
 
 def chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:

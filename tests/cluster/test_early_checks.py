@@ -13,7 +13,7 @@ from paceline.errors import ConfigError
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 32,
+    "vocab_size": 512,
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 1,
@@ -59,7 +59,7 @@ def test_a_missing_tokenizer_is_refused(model: Path) -> None:
 
 def test_a_tokenizer_that_cannot_be_read_is_refused(model: Path) -> None:
     (model / "tokenizer.json").write_text("{")
-    assert "is not a tokenizer that can be read" in problems(make_settings(model))["tokenizer"]
+    assert "is not a tokenizer that can be read" in problems(make_settings(model))["model"]
 
 
 def test_every_problem_is_named_at_once(model: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from gguf_files import write_gguf, write_model_gguf
+from gguf_vocabularies import byte_level
 from model_references import make_model, write_model
 from platformdirs import user_cache_path
 from safetensors import safe_open
@@ -93,9 +94,10 @@ def test_what_a_gguf_file_says_is_refused_before_the_file_is_digested(
 
 
 def test_error_of_a_conversion_arrives_and_leaves_no_folder(tmp_path: Path) -> None:
-    model = make_model("LlamaForCausalLM")
+    tokenizer = byte_level()
+    model = make_model("LlamaForCausalLM", vocab_size=len(tokenizer["tokenizer.ggml.tokens"]))
     tensors = {"blk.2.ffn_up.weight": None}
-    path = write_model_gguf(tmp_path / "model.gguf", model, tensors=tensors)
+    path = write_model_gguf(tmp_path / "model.gguf", model, keys=tokenizer, tensors=tensors)
     with pytest.raises(ConfigError, match=r"1 missing: blk\.2\.ffn_up\.weight"):
         prepare(tmp_path / "cache", path=str(path))
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
@@ -121,7 +123,7 @@ def test_converted_folder_has_merged_weights_and_all_that_a_router_needs() -> No
     """Converted on the first run of these tests (about 20 s), cached afterwards."""
     folder = prepare(user_cache_path("paceline"), path=SMOLLM2, dtype="float32")
     config = read_model_config(folder.path)
-    assert (config.num_layers, config.num_kv_heads, config.eos_token_ids) == (30, 3, (0, 2))
+    assert (config.num_layers, config.num_kv_heads, config.eos_token_ids) == (30, 3, (0, 2, 4))
     with safe_open(folder.path / "model.safetensors", framework="pt") as weights:
         names = set(weights.keys())
     assert "model.layers.0.self_attn.qkv_proj.weight" in names

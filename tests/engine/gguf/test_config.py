@@ -1,4 +1,4 @@
-"""What a file says of its model: shapes that fit each other, and the tokens that end a text."""
+"""What a file says of its model: shapes that fit each other."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ def describe(path: Path, **keys: Any) -> Any:
         ({"tokenizer.ggml.tokens": ["a"] * 96}, "97 rows .* is 96"),
         ({"tokenizer.ggml.tokens": ["a"] * 98}, "97 rows .* is 98"),
         ({"tokenizer.ggml.tokens": 97}, "must be a list of texts"),
-        ({"tokenizer.ggml.eos_token_id": "</s>"}, "must be the number of a token"),
         ({"llama.rope.freq_base": 0.0}, "freq_base = 0.0, and it must be above 0"),
         ({f"{SCALING}.type": 1}, "type = 1, and it must be a text"),
         ({f"{SCALING}.type": "longrope"}, "'longrope': implemented are none, linear and yarn"),
@@ -71,22 +70,6 @@ def test_keys_that_say_what_holds_without_them_change_nothing(tmp_path: Path) ->
         "llama.expert_count": 0,
     }
     assert describe(tmp_path, **said) == describe(tmp_path)
-
-
-def test_tokens_that_end_a_generation_are_named_by_id_or_by_text(tmp_path: Path) -> None:
-    tokens = [f"t{number}" for number in range(VOCAB_SIZE)]
-    tokens[5], tokens[9], tokens[11] = "<|eot_id|>", "<|end_of_text|>", "<|fim_pad|>"
-    list_only = {"tokenizer.ggml.tokens": tokens}
-    named = {
-        "tokenizer.ggml.eos_token_id": 9,
-        "tokenizer.ggml.eot_token_id": 20,
-        "tokenizer.ggml.eom_token_id": 21,
-        "tokenizer.ggml.padding_token_id": 22,
-        "tokenizer.ggml.bos_token_id": 23,
-    }
-    assert describe(tmp_path, **list_only).generation == {"eos_token_id": [5, 9]}
-    assert describe(tmp_path, **list_only, **named).generation == {"eos_token_id": [5, 9, 20, 21]}
-    assert describe(tmp_path).generation == {"eos_token_id": []}
 
 
 def test_a_file_without_an_embedding_is_refused(tmp_path: Path) -> None:
