@@ -1,5 +1,6 @@
 """The header of a GGUF file is read as gguf's own reader reads it, and damage is named."""
 
+import contextlib
 import struct
 import time
 from pathlib import Path
@@ -9,7 +10,10 @@ import gguf
 import numpy as np
 import pytest
 from gguf_files import write_gguf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from paceline.engine.gguf.config import describe_model
 from paceline.engine.gguf.reader import read_architecture, read_gguf
 from paceline.errors import ConfigError, UnsupportedModelError
 
@@ -138,6 +142,19 @@ def test_architecture_is_read_though_the_rest_of_the_file_is_missing(tmp_path: P
     key = text("general.architecture") + struct.pack("<I", 8) + text("qwen3")
     path = write_bytes(tmp_path, b"GGUF" + struct.pack("<IQQ", 3, 10**6, 10**6) + key)
     assert read_architecture(path) == "qwen3"
+
+
+@settings(max_examples=200, deadline=None)
+@given(place=st.integers(0, 10**6), value=st.integers(0, 255))
+def test_a_changed_byte_is_harmless_or_named(
+    tmp_path_factory: pytest.TempPathFactory, place: int, value: int
+) -> None:
+    path = write(tmp_path_factory.mktemp("changed"))
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] = value
+    path.write_bytes(data)
+    with contextlib.suppress(ConfigError):
+        describe_model(read_gguf(path))
 
 
 ARCHITECTURE = text("general.architecture") + struct.pack("<I", 8) + text("llama")
