@@ -116,7 +116,7 @@ class _Cursor:
         )
 
     def take(self, num_bytes: int) -> int:
-        """Step over so many bytes; return where they begin."""
+        """Step over bytes; return where they begin."""
         start, end = self.at, self.at + num_bytes
         if end > len(self.buffer):
             raise self.damaged(
@@ -171,7 +171,7 @@ def _open(path: Path) -> _Cursor:
         ) from error
     magic = bytes(cursor.buffer[:4])
     if magic != b"GGUF":
-        what = _OTHER_FORMATS.get(magic, f"not GGUF: it starts with {magic!r}. Set another file")
+        what = _OTHER_FORMATS.get(magic, f"not GGUF: it starts with {magic!r}. Choose another file")
         raise ConfigError(f"{path} is {what}, or set model.path to a safetensors folder.")
     cursor.take(4)
     version = cursor.scalar("I")

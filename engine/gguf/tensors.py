@@ -124,8 +124,9 @@ def _values(
         largest = exact.abs().max().item()
         if math.isfinite(largest):
             raise ConfigError(
-                f"{file.path} has the value {largest:g} in {tensor.name}, and the largest of "
-                f"{dtype} is {torch.finfo(dtype).max:g}. Set model.dtype to bfloat16 or float32."
+                f"{file.path} has the value {largest:g} in {tensor.name}, and the largest "
+                f"value of {dtype} is {torch.finfo(dtype).max:g}. Set model.dtype to bfloat16 or "
+                "float32."
             )
         raise ConfigError(
             f"{file.path} has values in {tensor.name} that are infinite or not numbers. Download "
