@@ -83,10 +83,8 @@ def _read_backend(folder: Path) -> Tokenizer:
 
 def _add(tokenizer: Tokenizer, tokens: SpecialTokens, folder: Path) -> None:
     """Add the tokens that tokenizer.json has not; those with an id must get that id."""
-    for placed in tokens.placed:
-        tokenizer.add_tokens([placed.named.token])
-        _check_id(tokenizer, placed, folder)
-    for placed in tokens.ids_to_check:
+    tokenizer.add_tokens([placed.named.token for placed in tokens.placed])
+    for placed in (*tokens.placed, *tokens.ids_to_check):
         _check_id(tokenizer, placed, folder)
     for named in tokens.passed_over:
         if tokenizer.token_to_id(named.token.content) is None:
@@ -95,17 +93,18 @@ def _add(tokenizer: Tokenizer, tokens: SpecialTokens, folder: Path) -> None:
                 f"neither in {TOKENIZER} nor in {TOKENIZER_CONFIG}. Add it there, or remove it."
             )
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for named in (*tokens.roles.values(), *tokens.extra):
-        if named.token.content not in added:
-            tokenizer.add_tokens([named.token])  # of a token that is named twice, the last holds
+    # If a new token is named twice with other flags, the last holds.
+    named_tokens = (named.token for named in (*tokens.roles.values(), *tokens.extra))
+    tokenizer.add_tokens([token for token in named_tokens if token.content not in added])
 
 
 def _check_id(tokenizer: Tokenizer, placed: PlacedToken, folder: Path) -> None:
     text, found = placed.named.token.content, tokenizer.token_to_id(placed.named.token.content)
     if found != placed.token_id:
+        says = "does not have it" if found is None else f"gives it {found}"
         raise ConfigError(
             f"{folder / placed.named.file} gives the token {text!r} the id {placed.token_id}, and "
-            f"{TOKENIZER} gives it {found}. Download the model again, or save its tokenizer again."
+            f"{TOKENIZER} {says}. Download the model again, or save its tokenizer again."
         )
 
 
