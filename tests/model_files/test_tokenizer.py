@@ -192,13 +192,19 @@ def test_special_tokens_are_split_if_the_folder_says_so(tmp_path: Path) -> None:
     assert reference("<eos>").input_ids == byte_ids("<eos>")
 
 
-def test_classes_with_tokens_of_their_own_have_them(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+@pytest.mark.parametrize("config", [{}, {"pad_token": None}, {"eos_token": "<eos>"}])
+def test_classes_with_tokens_of_their_own_have_them(config: dict[str, Any], tmp_path: Path) -> None:
+    """They are special even where they are plain words of the vocabulary."""
+    backend = json.loads(byte_tokenizer().to_str())
+    backend["model"]["vocab"] |= {"<|endoftext|>": 300, "<bos>": BOS_ID, "<eos>": EOS_ID}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+    config |= {"tokenizer_class": "Qwen2Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert texts(read_tokenizer(tmp_path)) == reference.special_tokens_map
+    ours = read_tokenizer(tmp_path)
+    assert texts(ours) == reference.special_tokens_map
+    assert encode(ours, "a<|endoftext|>") == [*byte_ids("a"), 300]
+    assert encode(ours, "a<|endoftext|>") == reference("a<|endoftext|>").input_ids
 
 
 def qwen_tokenizer(**options: Any) -> Any:

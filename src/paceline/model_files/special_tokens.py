@@ -87,10 +87,15 @@ def _ordered(roles: Mapping[str, NamedToken]) -> dict[str, NamedToken]:
     return {role: roles[role] for role in order if role in roles}
 
 
-def default_roles(config: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return the roles that the class in tokenizer_class has without a key."""
+def default_roles(config: Mapping[str, Any]) -> dict[str, NamedToken]:
+    """Return the roles that the class in tokenizer_class has where tokenizer_config.json has no key
+    for them."""
     name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
-    return _DEFAULT_ROLES.get(name, {})
+    return {
+        role: NamedToken(AddedToken(text, special=True, normalized=False), TOKENIZER_CONFIG)
+        for role, text in _DEFAULT_ROLES.get(name, {}).items()
+        if role not in config
+    }
 
 
 def _older_map(folder: Path) -> SpecialTokens:

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import Tokenizer, processors
 
 from paceline.errors import ConfigError, UnsupportedModelError
 from paceline.model_files.json_object import read_json_object_if_there
 from paceline.model_files.special_tokens import (
     TOKENIZER_CONFIG,
-    NamedToken,
     PlacedToken,
     SpecialTokens,
     default_roles,
@@ -51,8 +50,11 @@ def read_tokenizer(folder: Path) -> FolderTokenizer:
     config = read_json_object_if_there(path)
     check_tokenizer_keys(config, path)
     tokens = read_special_tokens(folder, config)
+    for role, named in default_roles(config).items():
+        if tokenizer.token_to_id(named.token.content) is not None:
+            tokens.roles.setdefault(role, named)
     _add(tokenizer, tokens, folder)
-    roles = _roles(tokenizer, tokens, config)
+    roles = _roles(tokenizer, tokens)
     _check_role_ids(roles, config, path)
     _check_prefix_space(tokenizer, config, path)
     _set_post_processor(tokenizer, roles, config, path)
@@ -108,16 +110,9 @@ def _check_id(tokenizer: Tokenizer, placed: PlacedToken, folder: Path) -> None:
         )
 
 
-def _roles(
-    tokenizer: Tokenizer, tokens: SpecialTokens, config: Mapping[str, Any]
-) -> dict[str, RoleToken]:
-    defaults = {
-        role: NamedToken(AddedToken(text, special=True), TOKENIZER_CONFIG)
-        for role, text in default_roles(config).items()
-        if role not in config and tokenizer.token_to_id(text) is not None
-    }
+def _roles(tokenizer: Tokenizer, tokens: SpecialTokens) -> dict[str, RoleToken]:
     roles = {}
-    for role, named in (defaults | tokens.roles).items():
+    for role, named in tokens.roles.items():
         token_id = tokenizer.token_to_id(named.token.content)
         if token_id is not None:  # an empty text is no token
             roles[role] = RoleToken(named.token.content, token_id, named.file)
