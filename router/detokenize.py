@@ -88,9 +88,8 @@ class TokenDecoder:
     - The space before the first word is kept if the prompt has text, since the word comes after it.
       SentencePiece decoders cut it from the beginning of a text.
     - Among byte tokens, whole characters stay and each byte that belongs to none becomes U+FFFD.
-      `tokenizers` replaces every byte of a run of byte tokens that is invalid anywhere, which
-      is only known at its end. Runs are not held back for that: all of an answer in
-      Thai may be one.
+      `tokenizers` replaces every byte of a run of byte tokens that is invalid anywhere, which is
+      only known at its end. Runs are not held back for that: a whole answer in Thai may be one.
 
     Only the output is decoded. If the prompt ends inside a character, the bytes that would
     complete it belong to no character of the output, and become U+FFFD.
@@ -111,12 +110,13 @@ class TokenDecoder:
 
     def push(self, token_id: int) -> str:
         """Take the next token; return the text that has become whole with it."""
-        piece = self._piece(token_id)
+        if self._is_first_token:
+            piece = self._detokenizer.first_piece(token_id)
+            self._is_first_token = piece is None
+        else:
+            piece = self._piece(token_id)
         if piece is None:
             return ""
-        if self._is_first_token:
-            self._is_first_token = False
-            piece = self._detokenizer.first_piece(token_id)
         if type(piece) is str and not self._is_incomplete:
             text = piece
         else:
@@ -132,10 +132,10 @@ class TokenDecoder:
         """Bytes of the incomplete character, at most three: all that is kept of earlier tokens."""
         return len(self._characters.getstate()[0])
 
-    def _join(self, piece: Piece) -> str:
+    def _join(self, piece: str | bytes) -> str:
         if isinstance(piece, bytes):
             return self._decode(piece, final=False)
-        return self._decode(b"", final=True) + (piece or "")
+        return self._decode(b"", final=True) + piece
 
     def _decode(self, data: bytes, *, final: bool) -> str:
         text = self._characters.decode(data, final)

@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.router.stop_strings import StopStrings
@@ -13,6 +13,7 @@ def first_match(text: str, stop: list[str]) -> tuple[int, int] | None:
     return None
 
 
+@settings(deadline=None)
 @given(
     st.text(alphabet="abc", max_size=30),
     st.lists(st.text(alphabet="abc", min_size=1, max_size=6), min_size=1, max_size=4),
@@ -36,6 +37,7 @@ def test_text_is_cut_as_by_a_plain_search_however_it_comes(
         assert num_read >= match[1]
 
 
+@settings(deadline=None)
 @given(
     st.text(alphabet="ab", max_size=30),
     st.lists(st.text(alphabet="ab", min_size=1, max_size=6), min_size=1, max_size=4),
