@@ -108,7 +108,8 @@ def test_a_prompt_costs_the_same_in_one_chunk_or_several(tmp_path: Path) -> None
 
 
 def test_a_window_bounds_what_attention_reads_and_computes(tmp_path: Path) -> None:
-    values = TINY | {"architectures": ["MistralForCausalLM"], "sliding_window": 16}
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    values = TINY | mistral | {"sliding_window": 16}
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = read_model_config(tmp_path)
 
