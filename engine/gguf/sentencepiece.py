@@ -19,12 +19,17 @@ _SPACE = "▁"
 
 
 class _Merge(NamedTuple):
-    """Sorts by the fields that are numbers."""
-
-    cost: float
-    order: tuple[bool, int, int]
     left: str
     right: str
+    score: float
+
+    @property
+    def order(self) -> tuple[float, int, int]:
+        """Sort by the score, and of equal scores in a run by the length.
+
+        llama.cpp merges what stands further left, and in a run that is what is longer.
+        """
+        return -self.score, -len(self.left), -len(self.right)
 
 
 def build_sentencepiece(
@@ -83,8 +88,9 @@ def _derive_merges(vocabulary: Vocabulary, special: frozenset[int]) -> list[tupl
                 "merges what stands further left, and paceline cannot. Set model.path to the "
                 "model's safetensors folder."
             )
-        merges += [_Merge(-score, _order(text, cut), text[:cut], text[cut:]) for cut in splits]
-    return [(merge.left, merge.right) for merge in sorted(merges)]
+        merges += [_Merge(text[:cut], text[cut:], score) for cut in splits]
+    merges.sort(key=lambda merge: merge.order)
+    return [(merge.left, merge.right) for merge in merges]
 
 
 def _splits(text: str, vocabulary: Vocabulary) -> Iterator[int]:
@@ -106,12 +112,3 @@ def _splits(text: str, vocabulary: Vocabulary) -> Iterator[int]:
 def _is_one_run(text: str) -> bool:
     """Tell a run of one character, such as spaces: in SentencePiece they share the worst score."""
     return len(set(text)) == 1
-
-
-def _order(text: str, cut: int) -> tuple[bool, int, int]:
-    """Order the merges of one score so that the one further left goes first.
-
-    Two merges of one token can claim the same symbol only if the right part of one begins the
-    token, as in x|yx and xy|x. In a run, what stands further left is longer.
-    """
-    return not text.startswith(text[cut:]), -cut, cut - len(text)

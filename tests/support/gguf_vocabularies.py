@@ -168,7 +168,7 @@ VOCABULARIES = {
     "calls": byte_level({"<|end|>": 3, "<|call|>": 3, "<|return|>": 3, "<|channel|>": 1}),
     "tool responses": byte_level({"<|tool_response>": 1}),
     "end of turn": byte_level({"<halt>": 3, "<stop>": 3}, eot_token_id=263, eom_token_id=262),
-    "a token without text": byte_level({"": 1}),
+    "a token without text": byte_level({"": 4}),
     "sentencepiece": sentencepiece(),
     "sentencepiece without space": sentencepiece(add_space_prefix=False),
     "sentencepiece with eos": sentencepiece(add_bos_token=False, add_eos_token=True),

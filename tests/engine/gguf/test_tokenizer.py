@@ -38,10 +38,11 @@ SMALL_TEXTS = (
     "<s> <s>a</s>  <pad>ab <unk>",
     "<|im_start|>He<|im_end|> 世界 é ñ\n\n\n\n\n",
     "xyz xyzxyz axyz xyz",
+    "axb ax b xab abxab a\nb aÃb",
     "\n\n\n\n  \n\n\n\n\n      a",
     "\U0009e4bbabab \x00\x04",
     "▁▁a ▁the",
-    "<fim_prefix><|fim_pad|><|start|><|channel|><|end|><halt><|tool_response>[EMPTY_264]",
+    "<fim_prefix><|fim_pad|><|start|><|channel|><|end|><halt><|tool_response>[EMPTY_262]",
     "abababaabababab" * 4 + " " * 41 + "the",
     "aba" * 30,
 )
