@@ -79,9 +79,9 @@ def smollm2_metadata() -> Mapping[str, Any]:
 
 @cache
 def small_smollm2() -> Mapping[str, Any]:
-    """Cut SmolLM2's vocabulary to 6,000 tokens, and give it every byte."""
+    """Cut SmolLM2's vocabulary to 3,000 tokens, and give it every byte."""
     metadata = smollm2_metadata()
-    tokens = list(metadata["tokenizer.ggml.tokens"][:6000])
+    tokens = list(metadata["tokenizer.ggml.tokens"][:3000])
     tokens += [byte for byte in sorted(pre_tokenizers.ByteLevel.alphabet()) if byte not in tokens]
     known = set(tokens)
     merges = [

@@ -1,5 +1,3 @@
-import sys
-
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
@@ -10,9 +8,8 @@ from paceline.engine.gguf.pre_tokenizers import (
     character_class,
 )
 
-EVERY_CHARACTER = "".join(
-    chr(point) for point in range(sys.maxunicode + 1) if not 0xD800 <= point < 0xE000
-)
+# Behind them come Chinese characters, and little else.
+FIRST_TWO_PLANES = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x20000))))
 
 
 def split(pre_tokenizer: PreTokenizer, text: str) -> list[str]:
@@ -22,13 +19,13 @@ def split(pre_tokenizer: PreTokenizer, text: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("category", "num_characters"),
-    [("N", 1831), ("L", 136726), ("M", 2450), ("P", 842), ("S", 7775)],
+    [("N", 1831), ("L", 66100), ("M", 2210), ("P", 842), ("S", 7775)],
 )
 def test_a_category_has_the_characters_of_llama_cpp_whatever_the_engine_s_unicode(
     category: str, num_characters: int
 ) -> None:
     others = pre_tokenizers.Split(Regex(f"[^{character_class(category)}]+"), "removed")
-    found = sum(len(piece) for piece, _ in others.pre_tokenize_str(EVERY_CHARACTER))
+    found = sum(len(piece) for piece, _ in others.pre_tokenize_str(FIRST_TWO_PLANES))
     assert found == num_characters
 
 
