@@ -1,5 +1,6 @@
 """Texts, and vocabularies as GGUF metadata, whose tokens llama.cpp has told."""
 
+import random
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -60,6 +61,28 @@ TEXTS = (
     "_<sentinel:12>IMGIMGABCZ <sentinel:3> IMGIMGZ",
     "ab cd  ▁ ▁▁x▁y",
 )
+
+
+_LETTERS = "aBsLté١世ก\u0301Ж"
+_OTHERS = " \t\n\r\u3000'.,/!$<~-_12½…"
+
+
+def draw_texts(num_texts: int = 48) -> tuple[str, ...]:
+    """Draw texts in which words of all kinds meet; the same ones always."""
+    draw = random.Random(0)
+    pool = [*_LETTERS, *_OTHERS, *"   12aB", "'s", "'LL", "  ", "12345", "abcAB"]
+    return tuple("".join(draw.choices(pool, k=24)) for _ in range(num_texts))
+
+
+@cache
+def all_pairs() -> Mapping[str, Any]:
+    """Make a vocabulary in which any two bytes of those texts merge, so that each split shows."""
+    characters = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(
+        _LETTERS + _OTHERS + "bcA"
+    )
+    used = sorted(set(characters[0][0]))
+    merges = tuple(f"{left} {right}" for left in used for right in used)
+    return byte_level(merges=merges, seperator_token_id=2)
 
 
 @cache

@@ -18,6 +18,8 @@ import pytest
 from gguf_vocabularies import (
     TEXTS,
     VOCABULARIES,
+    all_pairs,
+    draw_texts,
     small_smollm2,
     smollm2_metadata,
     write_gguf,
@@ -48,7 +50,11 @@ SMALL_TEXTS = (
 )
 
 
-CASES = (*(f"pre: {name}" for name in PRE_TOKENIZERS), "SmolLM2", *VOCABULARIES)
+CASES = (
+    *(f"{kind}: {name}" for kind in ("pre", "pairs") for name in PRE_TOKENIZERS),
+    "SmolLM2",
+    *VOCABULARIES,
+)
 
 
 class Case(NamedTuple):
@@ -57,12 +63,17 @@ class Case(NamedTuple):
 
 
 def read_case(name: str) -> Case:
-    if name.startswith("pre: "):
-        pre = {"tokenizer.ggml.pre": name.removeprefix("pre: ")}
-        return Case(small_smollm2() | pre, TEXTS)
-    if name == "SmolLM2":
-        return Case(smollm2_metadata(), TEXTS)
-    return Case(VOCABULARIES[name], SMALL_TEXTS)
+    kind, _, pre_tokenizer = name.partition(": ")
+    pre = {"tokenizer.ggml.pre": pre_tokenizer}
+    match kind:
+        case "pre":
+            return Case(small_smollm2() | pre, TEXTS)
+        case "pairs":
+            return Case(all_pairs() | pre, draw_texts())
+        case "SmolLM2":
+            return Case(smollm2_metadata(), TEXTS)
+        case _:
+            return Case(VOCABULARIES[name], SMALL_TEXTS)
 
 
 class Answer(NamedTuple):
