@@ -2,17 +2,13 @@
 
 import contextlib
 import hashlib
-import logging
 import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from paceline.cluster import deployment_record, ray_head
+from paceline.cluster import deployment_record, ray_driver, ray_head, signals
 from paceline.cluster.build_hosted import build_hosted
 from paceline.cluster.deployment_record import DeploymentRecord
 from paceline.cluster.early_checks import refuse_early
@@ -28,6 +24,8 @@ if TYPE_CHECKING:
     from paceline.cluster.actors import ProcessSnapshot
 
 POLL_S = 0.05
+ASK_POLL_S = 0.2
+"""Longest time that a signal waits for Ray."""
 CONTROLLER_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 30.0
 
@@ -77,44 +75,47 @@ def up(
     try:
         with _step(watcher, "look at the model and the ports"):
             check(settings)
-        with _step(watcher, "start Ray" if record.ray_folder else "reach Ray"):
-            record = _prepare_ray(settings, record)
-            _connect(record)
-        with _step(watcher, "start the controller"):
-            controller, address = _start_controller(settings, record, build)
-        with _step(watcher, "start the processes"):
-            _wait_until_ready(settings, controller, watcher)
-        record = deployment_record.update(record, controller_address=address)
+        with contextlib.ExitStack() as membership:
+            with _step(watcher, "start Ray" if record.ray_folder else "reach Ray"):
+                address = _prepare_ray(settings, record)
+                membership.enter_context(ray_driver.joined(record, address))
+                record = deployment_record.update(record, ray_address=address)
+            with _step(watcher, "start the controller"):
+                controller, control_address = _start_controller(settings, record, build)
+            with _step(watcher, "start the processes"):
+                _wait_until_ready(settings, controller, watcher)
+        record = deployment_record.update(record, controller_address=control_address)
     except BaseException:
-        # Whatever the reason, Ctrl-C included: nothing may stay.
+        # Whatever the reason, a signal included: nothing may stay.
         _end(record)
         raise
-    finally:
-        _disconnect()
     return Deployment(record, time.monotonic() - started)
 
 
 def down(deployment: str | None) -> DeploymentRecord:
-    """Let routers end their streams for their drain_timeout_s, then end everything."""
+    """Let routers end their streams for their drain_timeout_s, then end everything.
+
+    A signal meanwhile means hurry: nothing is waited for any more, and still nothing is left.
+    """
     record = deployment_record.find(deployment)
     _end(record)
     return record
 
 
-def connected(record: DeploymentRecord) -> "contextlib.AbstractContextManager[ActorHandle[Any]]":
-    """Connect to the deployment's Ray, for tests and tools that need its actors."""
-    return _connected(record)
+def end_own(deployment: str) -> None:
+    """End a deployment that this process has begun to start, if anything of it is there."""
+    for record in deployment_record.records():
+        if record.deployment == deployment and record.up_pid == os.getpid():
+            _end(record)
 
 
 @contextlib.contextmanager
-def _connected(record: DeploymentRecord) -> "Iterator[ActorHandle[Any]]":
-    _connect(record)
-    try:
+def connected(record: DeploymentRecord) -> "Iterator[ActorHandle[Any]]":
+    """Connect to the deployment's Ray, for tests and tools that need its actors."""
+    with ray_driver.joined(record, record.ray_address):
         import ray
 
         yield ray.get_actor("controller", record.namespace)
-    finally:
-        _disconnect()
 
 
 def _ray_folder(deployment: str) -> Path:
@@ -122,66 +123,18 @@ def _ray_folder(deployment: str) -> Path:
     return deployment_record.runtime_dir() / f"r-{digest}"
 
 
-def _prepare_ray(settings: DeploymentSettings, record: DeploymentRecord) -> DeploymentRecord:
-    if record.ray_folder is None:
-        address = settings.ray.address
-        assert address is not None
-        if not ray_head.answers(address, min(5.0, settings.ray.start_timeout_s)):
-            raise ConfigError(
-                f"no Ray answers at {address} (ray.address). Start one there, or leave ray.address "
-                "out to have one started on this machine"
-            )
-    else:
-        address = ray_head.start(Path(record.ray_folder), settings.ray)
-    return deployment_record.update(record, ray_address=address)
-
-
-def _connect(record: DeploymentRecord) -> None:
+def _prepare_ray(settings: DeploymentSettings, record: DeploymentRecord) -> str:
+    """Start a Ray, or find the one to join; return its address."""
     if record.ray_folder is not None:
-        ray_head.use_loopback_address()
-    import ray
-
-    # Ray puts the driver's working directory on every process's import path: be in an empty one.
-    with contextlib.chdir(deployment_record.runtime_dir()), _interrupts_later():
-        try:
-            ray.init(
-                address=record.ray_address,
-                namespace=record.namespace,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-            )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"Ray at {record.ray_address} cannot be joined: {error}") from None
-    # Ray writes each death on our stdout, `up --json` included; the controller reports deaths.
-    ray._private.worker.print_to_stdstream = _ignore
-
-
-@contextlib.contextmanager
-def _interrupts_later() -> "Iterator[None]":
-    """Let Ctrl-C wait for the end of the block: Ray aborts the process when it is cut in half."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    arrived: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda got, _: arrived.append(got)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-    if arrived:
-        signal.raise_signal(arrived[0])
-
-
-def _ignore(*args: object, **options: object) -> None:
-    """Say nothing."""
-
-
-def _disconnect() -> None:
-    if "ray" in sys.modules:  # a start that is refused before Ray must not wait for its import
-        sys.modules["ray"].shutdown()
+        return ray_head.start(Path(record.ray_folder), settings.ray)
+    address = settings.ray.address
+    assert address is not None
+    if not ray_head.answers(address, min(5.0, settings.ray.start_timeout_s)):
+        raise ConfigError(
+            f"no Ray answers at {address} (ray.address). Start one there, or leave ray.address "
+            "out to have one started on this machine"
+        )
+    return address
 
 
 def _start_controller(
@@ -243,26 +196,30 @@ def _wait_until_ready(
 def _end(record: DeploymentRecord) -> None:
     # Nothing of a start that failed is worth a word when its whole Ray goes with it.
     goes_with_ray = record.ray_folder is not None and not record.is_up
-    if record.ray_address and not goes_with_ray and ray_head.answers(record.ray_address):
-        _end_actors(record)
-    if record.ray_folder is not None:
-        ray_head.stop(Path(record.ray_folder))
-    deployment_record.remove(record.deployment)
+    with signals.held() as hold:
+        if record.ray_address and not goes_with_ray and ray_head.answers(record.ray_address):
+            try:
+                _end_actors(record, hold)
+            except PacelineError:
+                if record.ray_folder is None:
+                    raise
+                # What did not end by itself is killed with its Ray.
+        if record.ray_folder is not None:
+            ray_head.stop(Path(record.ray_folder))
+        deployment_record.remove(record.deployment)
 
 
-def _end_actors(record: DeploymentRecord) -> None:
+def _end_actors(record: DeploymentRecord, hold: signals.Hold) -> None:
     """End what the controller knows, then whatever actor of the deployment is still there."""
-    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
-        _connect(record)
-    import ray
-    from ray.exceptions import RayError
+    with ray_driver.joined(record, record.ray_address):
+        import ray
+        from ray.exceptions import RayError
 
-    from paceline.cluster.ray_launcher import actor_names, forget_keys
+        from paceline.cluster.ray_launcher import actor_names, forget_keys
 
-    try:
         with contextlib.suppress(ValueError, RayError, PacelineError):
             controller = ray.get_actor("controller", record.namespace)
-            _ask(controller.shut_down.remote(), END_TIMEOUT_S + CONTROLLER_TIMEOUT_S)
+            _ask(controller.shut_down.remote(), END_TIMEOUT_S + CONTROLLER_TIMEOUT_S, hold)
         deadline = time.monotonic() + END_TIMEOUT_S
         while (names := actor_names(record.namespace)) and time.monotonic() < deadline:
             for name in names:
@@ -272,23 +229,32 @@ def _end_actors(record: DeploymentRecord) -> None:
         if names:
             raise UnavailableError(f"actors {', '.join(names)} of {record.namespace} do not end")
         forget_keys(record.namespace)
-    finally:
-        _disconnect()
 
 
-def _ask(reference: Any, timeout_s: float) -> Any:
-    """Wait for an actor's answer; its own error comes as it was raised."""
+def _ask(reference: Any, timeout_s: float, hold: signals.Hold | None = None) -> Any:
+    """Wait for an actor's answer; its own error comes as it was raised.
+
+    Signals come between Ray's calls: within one, Ray makes another exception of what they raise. A
+    signal that the caller holds ends the wait.
+    """
     import ray
-    from ray.exceptions import GetTimeoutError, RayTaskError
+    from ray.exceptions import RayTaskError
 
+    deadline = time.monotonic() + timeout_s
+    is_ready: list[Any] = []
+    while not is_ready:
+        if time.monotonic() > deadline:
+            raise UnavailableError(f"the controller did not answer within {timeout_s:g} s")
+        with signals.held():
+            is_ready, _ = ray.wait([reference], timeout=ASK_POLL_S)
+        if hold is not None and hold.has_signal:
+            raise UnavailableError("a signal ended the wait for the controller")
     try:
-        return ray.get(reference, timeout=timeout_s)
+        return ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, PacelineError):
             raise error.cause from None
         raise
-    except GetTimeoutError:
-        raise UnavailableError(f"the controller did not answer within {timeout_s:g} s") from None
 
 
 @contextlib.contextmanager

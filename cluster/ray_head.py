@@ -6,12 +6,12 @@ that is their working directory and their temporary folder.
 
 import contextlib
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -23,10 +23,21 @@ LOOPBACK = "127.0.0.1"
 MAX_FOLDER_LENGTH = 44
 """Ray makes sockets with names of up to 62 characters below it, and Linux takes 107 in all."""
 STOP_TIMEOUT_S = 15.0
-_LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-_LOOPBACK_ENVIRONMENT = {_LOOPBACK_VARIABLE: "0"}
-"""Makes Ray use 127.0.0.1 as this machine's address, as it does on desktops. Then all its servers
+LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""0 makes Ray use 127.0.0.1 as this machine's address, as it does on desktops. Then all its servers
 listen on loopback only; with any other address they listen on all interfaces."""
+_OF_ANOTHER_RAY = (
+    "RAY_ADDRESS",
+    "RAY_AUTH_TOKEN",
+    "RAY_CLIENT_MODE",
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "RAY_LOG_TO_STDERR",
+    "RAY_NAMESPACE",
+    "RAY_REDIS_ADDRESS",
+    "RAY_RUNTIME_ENV_HOOK",
+    "RAY_TMPDIR",
+)
+"""Variables that a shell may hold for another cluster. They would lead our Ray astray."""
 
 
 def start(folder: Path, settings: RaySettings) -> str:
@@ -40,6 +51,7 @@ def start(folder: Path, settings: RaySettings) -> str:
             f"socket names leaves {MAX_FOLDER_LENGTH}. Set PACELINE_RUNTIME_DIR to a shorter one"
         )
     folder.mkdir(mode=0o700)
+    _write_token(folder)
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
         *("--node-ip-address", LOOPBACK, "--port", "0", "--temp-dir", str(folder)),
@@ -53,12 +65,13 @@ def start(folder: Path, settings: RaySettings) -> str:
         result = subprocess.run(
             command,
             cwd=folder,
-            env=_environment(settings),
+            env=_head_environment(folder, settings),
             start_new_session=True,  # a Ctrl-C in the terminal must not end Ray under us
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=settings.start_timeout_s,
             check=False,
         )
@@ -71,7 +84,7 @@ def start(folder: Path, settings: RaySettings) -> str:
     if result.returncode != 0 or not address_file.exists():
         said = " | ".join(result.stdout.strip().splitlines()[-3:])
         raise ConfigError(f"Ray did not start: {said or _last_words(folder)}")
-    return address_file.read_text().strip()
+    return address_file.read_text(encoding="utf-8").strip()
 
 
 def stop(folder: Path) -> None:
@@ -109,13 +122,22 @@ def find_processes(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def use_loopback_address() -> None:
-    """Make this process join a Ray of `start`. Call it before `ray.init`."""
-    os.environ.update(_LOOPBACK_ENVIRONMENT)
-    if "ray" in sys.modules:  # it has read its environment already
-        from ray._private import ray_constants
+def driver_environment(folder: Path) -> dict[str, str | None]:
+    """List the variables that join a process to the Ray of `start`; None: it must not be set.
 
-        ray_constants.ENABLE_RAY_CLUSTER = False
+    Both sides name the token. Otherwise each would decide by itself: a Ray uses tokens when the
+    user has a ~/.ray/auth_token, which any other `ray.init()` writes, and a driver does not.
+    """
+    return dict.fromkeys(_OF_ANOTHER_RAY) | {
+        LOOPBACK_VARIABLE: "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_path(folder)),
+    }
+
+
+def token_path(folder: Path) -> Path:
+    """Name the file with the token of the Ray below `folder`; only its user can read it."""
+    return folder / "auth_token"
 
 
 def answers(address: str, timeout_s: float = 1.0) -> bool:
@@ -128,14 +150,19 @@ def answers(address: str, timeout_s: float = 1.0) -> bool:
         return False
 
 
-def _environment(settings: RaySettings) -> dict[str, str]:
-    # Without the variables of another Ray; values that we set win.
-    inherited: Mapping[str, str] = {
-        name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"
-    }
+def _write_token(folder: Path) -> None:
+    path = token_path(folder)
+    path.touch(mode=0o600, exist_ok=False)
+    path.write_text(secrets.token_hex(32), encoding="ascii")
+
+
+def _head_environment(folder: Path, settings: RaySettings) -> dict[str, str]:
+    """Return the variables of Ray's processes: those of this one, and ours, which win."""
+    joining = driver_environment(folder)
+    inherited = {name: value for name, value in os.environ.items() if name not in joining}
     return {
         **inherited,
-        **_LOOPBACK_ENVIRONMENT,
+        **{name: value for name, value in joining.items() if value is not None},
         "RAY_START_HOOK": "paceline.cluster.ray_start_hook.adjust",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
@@ -149,7 +176,7 @@ def _environment(settings: RaySettings) -> dict[str, str]:
 def _last_words(folder: Path) -> str:
     for name in ("gcs_server.err", "raylet.err", "gcs_server.out", "raylet.out"):
         for log in folder.glob(f"session_latest/logs/{name}"):
-            lines = log.read_text(errors="replace").strip().splitlines()
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             if lines:
                 return f"{name} ends with: {lines[-1]}"
     return "it wrote no log"

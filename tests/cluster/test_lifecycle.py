@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -178,11 +179,21 @@ def test_a_second_start_of_the_same_name_is_refused(
     assert status().deployment == "test"
 
 
+@pytest.fixture
+def ray_address(deployment: lifecycle.Deployment, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The Ray of the shared deployment as one to join, with its token where Ray looks for it."""
+    assert deployment.record.ray_folder is not None
+    token_path = ray_head.token_path(Path(deployment.record.ray_folder))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token_path))
+    monkeypatch.setenv(ray_head.LOOPBACK_VARIABLE, "0")
+    return deployment.record.ray_address
+
+
 def test_two_deployments_share_one_ray_and_end_alone(
-    deployment: lifecycle.Deployment, tmp_path: Path
+    deployment: lifecycle.Deployment, ray_address: str, tmp_path: Path
 ) -> None:
-    address = deployment.record.ray_address
-    start(make_settings(tmp_path, deployment="second", ray={"address": address}))
+    start(make_settings(tmp_path, deployment="second", ray={"address": ray_address}))
     assert {p.state for p in status("second").processes} == {READY}
     first, second = ({p.pid for p in status(name).processes} for name in ("test", "second"))
     assert not first & second
@@ -191,17 +202,59 @@ def test_two_deployments_share_one_ray_and_end_alone(
     assert {p.pid for p in status("test").processes} == first
 
 
+@pytest.fixture
+def shell_of_another_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who works with other Ray clusters: a token at home, and variables in the shell."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("of another Ray", encoding="ascii")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of yet another Ray")
+    monkeypatch.setenv("RAY_NAMESPACE", "elsewhere")
+    monkeypatch.setenv("RAY_RUNTIME_ENV_HOOK", "no.such.hook")
+
+
+@pytest.mark.usefixtures("shell_of_another_ray")
 def test_two_deployments_with_a_ray_each_do_not_meet(
     deployment: lifecycle.Deployment, tmp_path: Path
 ) -> None:
+    environment = dict(os.environ)
     started = start(make_settings(tmp_path, deployment="other"))
+    assert dict(os.environ) == environment
     assert started.record.ray_folder is not None
     folder = Path(started.record.ray_folder)
+    assert stat.S_IMODE(ray_head.token_path(folder).stat().st_mode) == 0o600
     assert {p.state for p in status("other").processes} == {READY}
     lifecycle.down("other")
     assert ray_head.find_processes(folder) == []
     assert not folder.exists()
     assert {p.state for p in status("test").processes} == {READY}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nowhere"},
+    ],
+    ids=["no-token", "wrong-token", "no-file"],
+)
+def test_a_ray_cluster_that_wants_another_token_is_refused_with_the_variables_to_set(
+    deployment: lifecycle.Deployment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(ray_head.LOOPBACK_VARIABLE, "0")
+    address = deployment.record.ray_address
+    settings = make_settings(tmp_path, deployment="bad", ray={"address": address})
+    with pytest.raises(ConfigError, match=r"wants a token.*RAY_AUTH_TOKEN,.*~/\.ray/auth_token"):
+        start(settings)
+    with pytest.raises(ConfigError, match="bad is not up"):
+        deployment_record.find("bad")
 
 
 @pytest.mark.parametrize(
@@ -212,11 +265,10 @@ def test_two_deployments_with_a_ray_each_do_not_meet(
     ],
 )
 def test_a_failed_start_shows_the_cause_and_leaves_nothing(
-    deployment: lifecycle.Deployment, tmp_path: Path, order: str, words: str
+    deployment: lifecycle.Deployment, ray_address: str, tmp_path: Path, order: str, words: str
 ) -> None:
     (tmp_path / order).touch()
-    address = deployment.record.ray_address
-    settings = make_settings(tmp_path, deployment="bad", ray={"address": address})
+    settings = make_settings(tmp_path, deployment="bad", ray={"address": ray_address})
     with pytest.raises(UnavailableError, match=words):
         start(settings)
     with pytest.raises(ConfigError, match="bad is not up"):

@@ -66,7 +66,6 @@ def cluster(
             "decode": workers,
         }
     )
-    ray_head.use_loopback_address()
     started = lifecycle.up(settings, "test.yaml", SilentWatcher())
     with control(NAME) as api:
         (router,) = [p for p in api.status().processes if p.role == "router"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import fake_hosted
 
-from paceline.cluster import lifecycle, ray_head
+from paceline.cluster import lifecycle
 from paceline.cluster.settings import DeploymentSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,6 @@ def make_settings(orders: Path, **parts: object) -> DeploymentSettings:
 
 def start(settings: DeploymentSettings) -> lifecycle.Deployment:
     """Start a deployment of fakes, from the repository's root as a user would."""
-    ray_head.use_loopback_address()
     import ray
 
     ray.cloudpickle.register_pickle_by_value(fake_hosted)
