@@ -30,7 +30,7 @@ from paceline.cluster.process_state import ProcessName, ProcessState
 from paceline.cluster.ray_launcher import RayLauncher
 from paceline.cluster.resources import pool_settings
 from paceline.cluster.settings import DeploymentSettings
-from paceline.errors import PacelineError
+from paceline.errors import PacelineError, cause_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class ProcessActor:
         """Return when `stop` has ended it; raise ProcessDiedError when it failed."""
         await self._ended.wait()
         if self._failure is not None:
-            raise ProcessDiedError(_cause(self._failure))
+            raise ProcessDiedError(cause_of(self._failure))
 
     async def report(self) -> ProcessReport:
         load = (
@@ -120,7 +120,7 @@ class ProcessActor:
             address = await self._hosted.start()
         except Exception as error:
             logger.exception("event=start_failed worker_id=%s", self._name)
-            raise ProcessDiedError(_cause(error)) from None
+            raise ProcessDiedError(cause_of(error)) from None
         self._is_started = True
         return Started(address, os.getpid())
 
@@ -232,17 +232,6 @@ class ControllerActor:
             )
             for p in self._controller.processes
         ]
-
-
-def _cause(error: BaseException) -> str:
-    """Say why in the error's own words; a bug also gets its type and place."""
-    if isinstance(error, PacelineError):
-        return str(error)
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    place = f" ({frame.tb_frame.f_code.co_filename}:{frame.tb_lineno})" if frame else ""
-    return f"{type(error).__name__}: {error}{place}"
 
 
 def _log_to_stderr() -> None:

@@ -3,18 +3,48 @@
 Commands import what they need when they run, so that `paceline --help` and `status` are quick.
 """
 
+import os
 import sys
+
+from paceline.cluster import signals
+
+TRACEBACK_VARIABLE = "PACELINE_TRACEBACK"
 
 
 def main() -> None:
-    """Run `paceline`; exits 1 with the message of a PacelineError, without a traceback."""
-    from paceline.cluster.cli.app import app
-    from paceline.errors import PacelineError
+    """Run `paceline`. Whatever fails is one message on stderr and an exit status of 1.
+
+    A signal that ends it gives 128 + its number.
+    """
+    signals.raise_ended()
+    from paceline.cluster.cli import output
+    from paceline.errors import PacelineError, cause_of
 
     try:
-        app(prog_name="paceline")
-    except PacelineError as error:
-        from paceline.cluster.cli.output import print_error
-
-        print_error(str(error))
+        output.write_any_character()
+        _run(sys.argv[1:])
+    except BrokenPipeError:  # as in `paceline status | head -1`: nobody reads on
         sys.exit(1)
+    except PacelineError as error:
+        output.print_error("\n".join([str(error), *getattr(error, "__notes__", ())]))
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        output.print_error(
+            f"paceline did not expect this: {cause_of(error)}. With {TRACEBACK_VARIABLE}=1 in the "
+            "environment it prints a traceback, which helps when you report it"
+        )
+        sys.exit(1)
+
+
+def _run(arguments: list[str]) -> None:
+    from paceline.cluster.cli.app import app
+    from paceline.cluster.cli.output import flush
+    from paceline.cluster.cli.text import as_text
+
+    texts = [as_text(given, f"argument {n}") for n, given in enumerate(arguments, start=1)]
+    try:
+        app(args=texts, prog_name="paceline")
+    finally:
+        flush()

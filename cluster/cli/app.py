@@ -5,6 +5,8 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from paceline.sampling_params import MAX_TOKENS
+
 app = typer.Typer(
     name="paceline",
     help="Serve large language models with prefill and decode on separate workers.",
@@ -27,8 +29,10 @@ DeploymentName: TypeAlias = Annotated[
     str | None, typer.Option("--deployment", help="Its name; not needed when only one is up.")
 ]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-MaxTokens: TypeAlias = Annotated[int, typer.Option(min=1, help="Output tokens at most.")]
-Temperature: TypeAlias = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
+MaxTokens: TypeAlias = Annotated[
+    int, typer.Option(min=1, max=MAX_TOKENS, help="Output tokens at most.")
+]
+Temperature: TypeAlias = Annotated[float, typer.Option(min=0, max=100, help="0 is greedy.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -52,7 +56,7 @@ def up(file: File = None, overrides: Overrides = None, as_json: Json = False) ->
 
 @app.command()
 def serve(file: File = None, overrides: Overrides = None) -> None:
-    """Start a deployment, show what happens, and end it by Ctrl-C."""
+    """Start a deployment, show what happens, and end it by Ctrl-C or SIGTERM."""
     from paceline.cluster.cli import deploy
 
     deploy.serve(file, overrides or [])
@@ -108,8 +112,12 @@ def generate(
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 1.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of probability kept.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Most likely tokens kept; 0: all.")] = 0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+    top_k: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Most likely tokens kept; 0: all.")
+    ] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**64 - 1, help="Makes sampling repeatable.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the output; repeatable.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a message, by the model's template.")
@@ -131,7 +139,10 @@ def chat(
     system: Annotated[str, typer.Option(help="The system message.")] = "",
     deployment: DeploymentName = None,
 ) -> None:
-    """Talk with the model; an empty line, /exit or Ctrl-D ends it, /new starts afresh."""
+    """Talk with the model; an empty line, /exit or Ctrl-D ends it, /new starts afresh.
+
+    Ctrl-C stops an answer.
+    """
     from paceline.cluster.cli import talk
 
     talk.chat(talk.Sampling(max_tokens, temperature), system, deployment)

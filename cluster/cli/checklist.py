@@ -31,7 +31,7 @@ class Checklist:
         self._running: tuple[str, float] | None = None
         self._snapshots: list[ProcessSnapshot] = []
         self._announced: set[str] = set()
-        self._spinner = Spinner("dots")
+        self._spinner = Spinner("line" if console.options.ascii_only else "dots")
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=12)
 
     def __enter__(self) -> Self:

@@ -1,6 +1,5 @@
 """`paceline demo`: the whole path in a minute, with its times."""
 
-import signal
 import sys
 import threading
 import time
@@ -10,7 +9,6 @@ import grpc
 from rich.table import Table
 from rich.text import Text
 
-from paceline.cluster import lifecycle
 from paceline.cluster.cli import deploy, operate
 from paceline.cluster.cli.clients import control, inference, translated
 from paceline.cluster.cli.output import out
@@ -108,19 +106,14 @@ def wait_until(
 
 def demo(overrides: list[str], num_requests: int) -> None:
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     _title("1. Start: Ray, a router, a prefill worker and a decode worker")
     # A name and ports of its own, so that it runs beside a deployment of yours.
     loaded = load_settings(DEFAULT_FILE, ["deployment=demo", "router.grpc_port=0", *overrides])
-    deployment = deploy.start(loaded, DEFAULT_FILE)
-    name = deployment.record.deployment
-    try:
-        _perform(name, num_requests)
-    finally:
+    with deploy.running(loaded, DEFAULT_FILE) as deployment:
+        _perform(deployment.record.deployment, num_requests)
         _title("5. End")
         ending = time.monotonic()
-        lifecycle.down(name)
-        out.print(f"everything has ended after {time.monotonic() - ending:.1f} s; nothing is left")
+    out.print(f"everything has ended after {time.monotonic() - ending:.1f} s; nothing is left")
     out.print(
         f"READY after {deployment.seconds:.1f} s; the whole demonstration took "
         f"{time.monotonic() - started:.1f} s"

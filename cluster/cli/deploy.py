@@ -1,14 +1,13 @@
 """`paceline up`, `serve` and `down`."""
 
-import signal
-import threading
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from rich.text import Text
 
-from paceline.cluster import lifecycle
+from paceline.cluster import lifecycle, signals
 from paceline.cluster.cli.checklist import Checklist
 from paceline.cluster.cli.clients import control, router_address
 from paceline.cluster.cli.output import err, out, print_json, print_note
@@ -21,7 +20,6 @@ MAX_SILENCE_S = 60.0
 
 def up(file: Path | None, overrides: list[str], as_json: bool) -> None:
     loaded = load_settings(file or DEFAULT_FILE, overrides)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     deployment = start(loaded, file or DEFAULT_FILE)
     name = deployment.record.deployment
     address = router_address(name)
@@ -44,28 +42,15 @@ def up(file: Path | None, overrides: list[str], as_json: bool) -> None:
 
 def serve(file: Path | None, overrides: list[str]) -> None:
     loaded = load_settings(file or DEFAULT_FILE, overrides)
-    stopping = threading.Event()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if stopping.is_set() or not serving:
-            raise KeyboardInterrupt  # the start is under way, or the user is in a hurry
-        stopping.set()
-
-    serving = False
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    deployment = start(loaded, file or DEFAULT_FILE)
-    name = deployment.record.deployment
-    serving = True
-    try:
-        out.print(
-            f"{name} serves at {router_address(name)} (gRPC), after {deployment.seconds:.1f} s. "
-            "Ctrl-C ends it."
-        )
-        _show_events(name, stopping)
-    finally:
+    with running(loaded, file or DEFAULT_FILE) as deployment:
+        name = deployment.record.deployment
+        with contextlib.suppress(signals.Ended):  # the way to end it, so the exit status is 0
+            out.print(
+                f"{name} serves at {router_address(name)} (gRPC), after {deployment.seconds:.1f} "
+                "s. Ctrl-C ends it."
+            )
+            _show_events(name)
         print_note("ending …")
-        lifecycle.down(name)
 
 
 def down(deployment: str | None, as_json: bool) -> None:
@@ -86,10 +71,20 @@ def start(loaded: LoadedSettings, file: Path) -> lifecycle.Deployment:
         return lifecycle.up(loaded.settings, str(file), checklist)
 
 
-def _show_events(name: str, stopping: threading.Event) -> None:
+@contextlib.contextmanager
+def running(loaded: LoadedSettings, file: Path) -> Iterator[lifecycle.Deployment]:
+    """Start a deployment for the block, and end it however the block ends."""
+    try:
+        yield start(loaded, file)
+    finally:
+        lifecycle.end_own(loaded.settings.deployment)
+
+
+def _show_events(name: str) -> None:
     shown_s = time.time()
     heard_s = time.monotonic()
-    while not stopping.wait(EVENT_POLL_S):
+    while True:
+        time.sleep(EVENT_POLL_S)
         try:
             with control(name) as api:
                 events = api.status().events

@@ -1,12 +1,17 @@
 """`paceline generate` and `chat`."""
 
+import contextlib
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from paceline.cluster.cli.clients import inference, translated
 from paceline.cluster.cli.output import out, print_json, print_note
+from paceline.cluster.cli.text import as_text, read_stdin
+from paceline.cluster.signals import Ended, raise_ended
+from paceline.errors import ConfigError
 from paceline.v1 import inference_pb2
 from paceline.v1.inference_pb2_grpc import InferenceServiceStub
 
@@ -60,11 +65,16 @@ class Answer:
 
 def stream(
     stub: InferenceServiceStub, request: inference_pb2.GenerateRequest, answer: Answer
-) -> Iterator[str]:
-    """Yield new text as it comes, and fill `answer`. Raises PacelineError in the router's words."""
+) -> Generator[str]:
+    """Yield new text as it comes, and fill `answer`. Raises PacelineError in the router's words.
+
+    The request is cancelled when the caller stops early, as by Ctrl-C.
+    """
     started = time.monotonic()
-    with translated("the router"):
-        for response in stub.Generate(request):
+    call = stub.Generate(request)
+    with translated("the router"), contextlib.ExitStack() as cleanup:
+        cleanup.callback(call.cancel)
+        for response in call:
             if response.tokens and not answer.token_ids:
                 answer.first_token_s = time.monotonic() - started
             answer.token_ids.extend(token.token_id for token in response.tokens)
@@ -86,7 +96,7 @@ def message(role: str, content: str) -> inference_pb2.ChatMessage:
 def generate(
     prompt: str, sampling: Sampling, as_chat: bool, deployment: str | None, as_json: bool
 ) -> None:
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_stdin() if prompt == "-" else prompt
     request = inference_pb2.GenerateRequest(sampling=sampling.to_proto())
     if as_chat:
         request.chat.messages.append(message("user", text))
@@ -117,21 +127,46 @@ def chat(sampling: Sampling, system: str, deployment: str | None) -> None:
             messages.append(message("user", line))
             request = inference_pb2.GenerateRequest(sampling=sampling.to_proto())
             request.chat.messages.extend(messages)
-            answer = Answer()
-            for piece in stream(stub, request, answer):
+            text = _answer(stub, request)
+            if text:
+                messages.append(message("assistant", text))
+            else:  # stopped before its first word: templates want an answer after each question
+                messages.pop()
+
+
+def _answer(stub: InferenceServiceStub, request: inference_pb2.GenerateRequest) -> str:
+    """Show an answer as it comes, and return it. Ctrl-C stops it: what was shown was said."""
+    answer = Answer()
+    try:
+        with contextlib.closing(stream(stub, request, answer)) as pieces:
+            for piece in pieces:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
-            sys.stdout.write("\n")
-            print_note(answer.summary())
-            messages.append(message("assistant", answer.text))
+    except Ended as ended:
+        if ended.number != signal.SIGINT:
+            raise
+        raise_ended()  # by the next Ctrl-C
+        print_note("\nstopped")
+    else:
+        sys.stdout.write("\n")
+        print_note(answer.summary())
+    return answer.text
 
 
 def _read_line() -> str:
+    """Return the next line of the conversation; empty at its end, by Ctrl-D or Ctrl-C."""
     import readline  # noqa: F401 (gives input() editing and history)
 
     try:
-        return out.input("[bold]> [/bold]").strip()
+        return as_text(out.input("[bold]> [/bold]"), "the line").strip()
     except EOFError:
+        return ""
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the line is not UTF-8 text ({error})") from None
+    except Ended as ended:
+        if ended.number != signal.SIGINT:
+            raise
+        sys.stdout.write("\n")
         return ""
 
 

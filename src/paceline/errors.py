@@ -133,3 +133,14 @@ class OutOfBlocksError(PacelineError):
 
 class IntegrityError(PacelineError):
     """An invariant does not hold: a bug in paceline. The message has the numbers that disagree."""
+
+
+def cause_of(error: BaseException) -> str:
+    """Say why in the error's own words; a bug also gets its type and place."""
+    if isinstance(error, PacelineError):
+        return str(error)
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    place = f" ({frame.tb_frame.f_code.co_filename}:{frame.tb_lineno})" if frame else ""
+    return f"{type(error).__name__}: {error}{place}"
