@@ -7,8 +7,10 @@ from typing import Self
 
 import grpc
 
+from paceline.addresses import CHANNEL_OPTIONS, parse_address
 from paceline.bench.load import PlannedRequest, Vocabulary
 from paceline.bench.record import RequestRecord
+from paceline.errors import ConfigError, UnavailableError
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 from paceline.wire import phase_times_from_proto, span_from_proto
 
@@ -31,14 +33,26 @@ class LoadClient:
     """One connection to a router. An async context manager."""
 
     def __init__(self, address: str, *, timeout_s: float) -> None:
-        self._channel = grpc.aio.insecure_channel(address)
+        """Take host:port of a router. Raises ConfigError if the address has another form."""
+        try:
+            parse_address(address)
+        except ValueError as error:
+            raise ConfigError(f"--address: {error}") from None
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._address = address
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._timeout_s = timeout_s
 
     async def __aenter__(self) -> Self:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await self._channel.channel_ready()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            await self._channel.close()
+            raise UnavailableError(
+                f"no router answers at {self._address} within {CONNECT_TIMEOUT_S:g} s. paceline "
+                "status names the routers of a deployment; --address HOST:PORT takes one of them"
+            ) from None
         return self
 
     async def __aexit__(self, *exception: object) -> None:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import grpc
 
+from paceline.addresses import CHANNEL_OPTIONS
 from paceline.errors import InvalidRequestError, UnavailableError
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
 from paceline.request import AttemptKey, FinishReason
@@ -38,7 +39,7 @@ _CHANNEL_OPTIONS = (
     # Workers of other incarnations may use the same address: never share their connections.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
-    ("grpc.enable_http_proxy", 0),
+    *CHANNEL_OPTIONS,
 )
 
 Session: TypeAlias = (

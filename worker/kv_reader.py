@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 import grpc
 
+from paceline.addresses import CHANNEL_OPTIONS
 from paceline.errors import PacelineError
 from paceline.failpoints import Failpoints
 from paceline.internal.v1 import kv_pb2, kv_pb2_grpc
@@ -190,7 +191,9 @@ class OwnerLink:
     async def _run(self) -> None:
         reason = "the session's task failed; the log has the cause"
         try:
-            async with grpc.aio.insecure_channel(self.owner.address) as channel:
+            async with grpc.aio.insecure_channel(
+                self.owner.address, options=CHANNEL_OPTIONS
+            ) as channel:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S) as until_welcome:
                     await channel.channel_ready()
                     await self._converse(kv_pb2_grpc.KvServiceStub(channel), until_welcome)
