@@ -1,5 +1,6 @@
 """What this machine remembers of its deployments, so that commands find them without Ray."""
 
+import contextlib
 import json
 import os
 import time
@@ -54,16 +55,17 @@ def runtime_dir() -> Path:
 def claim(record: DeploymentRecord) -> None:
     """Write the first record. Raises ConfigError if the deployment is up or being started."""
     folder = runtime_dir()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise ConfigError(
-            f"{folder} belongs to another user; set {VARIABLE} to a folder of your own"
-        )
-    try:
-        with _path(record.deployment).open("x", encoding="utf-8") as file:
-            json.dump(asdict(record), file)
-    except FileExistsError:
-        raise ConfigError(_why_taken(find(record.deployment))) from None
+    with _usable(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise ConfigError(
+                f"{folder} belongs to another user; set {VARIABLE} to a folder of your own"
+            )
+        try:
+            with _path(record.deployment).open("x", encoding="utf-8") as file:
+                json.dump(asdict(record), file)
+        except FileExistsError:
+            raise ConfigError(_why_taken(find(record.deployment))) from None
 
 
 def update(record: DeploymentRecord, **changes: str) -> DeploymentRecord:
@@ -71,22 +73,28 @@ def update(record: DeploymentRecord, **changes: str) -> DeploymentRecord:
     changed = replace(record, **changes)  # type: ignore[arg-type]
     path = _path(record.deployment)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(changed)), encoding="utf-8")
-    partial.replace(path)
+    with _usable(runtime_dir()):
+        partial.write_text(json.dumps(asdict(changed)), encoding="utf-8")
+        partial.replace(path)
     return changed
 
 
 def remove(deployment: str) -> None:
     """Forget a deployment; and the folder, if it was the last one."""
-    _path(deployment).unlink(missing_ok=True)
     folder = runtime_dir()
-    if folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()
+    with _usable(folder):
+        _path(deployment).unlink(missing_ok=True)
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def records() -> Iterator[DeploymentRecord]:
     """Yield every deployment of this user on this machine."""
-    for path in sorted(runtime_dir().glob("*.json")):
+    folder = runtime_dir()
+    paths: list[Path] = []
+    with _usable(folder), contextlib.suppress(FileNotFoundError):
+        paths += [path for path in folder.iterdir() if path.suffix == ".json"]
+    for path in sorted(paths):
         record = _read(path)
         if record is not None:
             yield record
@@ -114,14 +122,26 @@ def find(deployment: str | None) -> DeploymentRecord:
     return found[0]
 
 
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """Raise ConfigError if the block cannot read or write in the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"the runtime folder {folder} cannot be used: {error}. Set {VARIABLE} to a short path "
+            "that you can write to"
+        ) from None
+
+
 def _path(deployment: str) -> Path:
     return runtime_dir() / f"{deployment}.json"
 
 
 def _read(path: Path) -> DeploymentRecord | None:
     try:
-        return DeploymentRecord(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        with _usable(runtime_dir()), contextlib.suppress(FileNotFoundError):
+            return DeploymentRecord(**json.loads(path.read_text(encoding="utf-8")))
         return None
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); remove it") from None

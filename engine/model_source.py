@@ -146,8 +146,8 @@ def _folder_revision(folder: Path, weights_are_random: bool) -> str:
 
 def _convert_once(source: Path, dtype: str, folder: Path, on_progress: OnProgress) -> None:
     """Make `folder` appear whole or not at all, whoever else tries at the same time."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock", timeout=CONVERSION_TIMEOUT_S):
             if folder.exists():
                 return
@@ -163,6 +163,11 @@ def _convert_once(source: Path, dtype: str, folder: Path, on_progress: OnProgres
             f"Another process has held {folder}.lock for {CONVERSION_TIMEOUT_S:.0f} s, and "
             f"{source} cannot be converted meanwhile. Stop that process, or change the cache."
         ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{source} is converted into {folder.parent}, which cannot be written: {error}. Make "
+            "room there and let this user write, or name another folder in PACELINE_CACHE_DIR."
+        ) from None
 
 
 def _run_conversion(source: Path, dtype: str, folder: Path, on_progress: OnProgress) -> None:
@@ -174,12 +179,12 @@ def _run_conversion(source: Path, dtype: str, folder: Path, on_progress: OnProgr
     }
     command = [sys.executable, "-m", "paceline.engine.gguf.conversion"]
     with (
-        tempfile.TemporaryFile("w+") as complaints,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints,
         subprocess.Popen(
             [*command, str(source), dtype, str(folder)],
             stdout=subprocess.PIPE,
             stderr=complaints,
-            text=True,
+            encoding="utf-8",
             env=os.environ | quiet,
         ) as process,
     ):

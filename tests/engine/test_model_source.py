@@ -103,6 +103,14 @@ def test_error_of_a_conversion_arrives_and_leaves_no_folder(tmp_path: Path) -> N
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
 
 
+def test_cache_that_cannot_be_written_is_named_with_the_variable_to_set(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    (tmp_path / "cache").touch()
+    with pytest.raises(ConfigError, match=r"cache/models.*Not a directory.*PACELINE_CACHE_DIR"):
+        prepare(tmp_path / "cache" / "models", path=str(path))
+
+
 def test_held_lock_ends_in_an_error_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

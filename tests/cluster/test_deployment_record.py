@@ -1,0 +1,41 @@
+"""Records of deployments: what happens when their folder cannot be used."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from paceline.cluster import deployment_record
+from paceline.cluster.deployment_record import DeploymentRecord
+from paceline.errors import ConfigError
+
+RECORD = DeploymentRecord("mine", 1, 0.0, "local.yaml", None)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: deployment_record.claim(RECORD),
+        lambda: deployment_record.update(RECORD, ray_address="here:1"),
+        lambda: deployment_record.remove("mine"),
+        lambda: deployment_record.find(None),
+        lambda: deployment_record.find("mine"),
+    ],
+    ids=["claim", "update", "remove", "find the only one", "find by name"],
+)
+def test_a_folder_that_cannot_be_used_is_named_with_the_variable_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[[], object]
+) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "runtime"
+    monkeypatch.setenv(deployment_record.VARIABLE, str(folder))
+    with pytest.raises(ConfigError, match=f"{folder} cannot be used.*Set PACELINE_RUNTIME_DIR"):
+        use()
+
+
+def test_a_name_that_no_file_can_have_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(deployment_record.VARIABLE, str(tmp_path))
+    with pytest.raises(ConfigError, match="File name too long"):
+        deployment_record.find("x" * 300)
