@@ -51,7 +51,7 @@ def run_side(options: argparse.Namespace, loads: Sequence[PlannedLoad], folder: 
         figures = load_figures(load, side.generate(load.requests))
         found["loads"][load.name] = figures
         unfinished = options.output.with_suffix(".part")
-        unfinished.write_text(json.dumps(found))
+        unfinished.write_text(json.dumps(found), encoding="utf-8")
         unfinished.replace(options.output)
         say(options.side, load, figures)
 
@@ -110,7 +110,7 @@ def compare(
                 except SystemExit as told:  # keep what there is, then stop
                     stop = told
                 if output.exists():
-                    rounds[side].append(json.loads(output.read_text()))
+                    rounds[side].append(json.loads(output.read_text(encoding="utf-8")))
                 if stop is not None:
                     keep(summary(rounds, failures))
                     raise stop

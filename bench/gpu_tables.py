@@ -30,7 +30,7 @@ class Document:
 def read_documents(folder: Path, benchmark: str) -> list[Document]:
     """Read all results of one benchmark, in the order of their names."""
     paths = sorted(folder.glob(f"{benchmark}_*.json"))
-    read = [(path.name, json.loads(path.read_text())) for path in paths]
+    read = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
     return [Document(name, value["config"], value["result"]) for name, value in read]
 
 

@@ -36,7 +36,7 @@ def record_device_events(run: Callable[[], None]) -> list[DeviceEvent]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(path))
-        return device_events(json.loads(path.read_text()))
+        return device_events(json.loads(path.read_text(encoding="utf-8")))
 
 
 def device_events(trace: Mapping[str, Any]) -> list[DeviceEvent]:

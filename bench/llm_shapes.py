@@ -79,7 +79,7 @@ def model_folder(model: str, written: Path) -> Path:
     Raises ConfigError for a name that is neither.
     """
     if model in SHAPES:
-        (written / "config.json").write_text(json.dumps(SHAPES[model], indent=2))
+        (written / "config.json").write_text(json.dumps(SHAPES[model], indent=2), encoding="utf-8")
         return written
     if (Path(model) / "config.json").is_file():
         return Path(model)

@@ -99,7 +99,7 @@ def read_trace(
     Longer prompts and outputs are cut to the given limits. Raises ConfigError with the line.
     """
     planned: list[PlannedRequest] = []
-    with path.open() as lines:
+    with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if num_requests is not None and len(planned) == num_requests:
                 break

@@ -68,7 +68,7 @@ def write_page(
         phases=PHASE_ORDER,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8")
 
 
 def timeline_bars(records: Sequence[RequestRecord], start_s: float, end_s: float) -> Iterator[Bar]:

@@ -88,12 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sections["roofline"] = ""
     for document in engines:
         if document.config["model"] == options.roofline_model and document.result["rates"]:
-            options.roofline.write_text(roofline(document))
+            options.roofline.write_text(roofline(document), encoding="utf-8")
             sections["roofline"] = f"![steps under the roofs of the GPU]({options.roofline.name})"
-    page = options.page.read_text()
+    page = options.page.read_text(encoding="utf-8")
     for name, content in sections.items():
         page = fill(page, name, content)
-    options.page.write_text(page)
+    options.page.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

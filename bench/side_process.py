@@ -25,7 +25,7 @@ def run_to_end(command: Sequence[str], timeout_s: float) -> Ended:
     """Run a command; pass its standard error on line by line, keep its standard output back."""
     last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
     )
     readers = [
         Thread(target=_read, args=(stream, last_lines, shown), daemon=True)

@@ -213,7 +213,7 @@ def _why_it_ended(pid: int | None, log_path: str) -> str:
         return "its process ended before it said anything (Ray's log raylet.out says more)"
     what = f"its process {pid} ended: killed by a signal, out of memory, or crashed"
     try:
-        lines = Path(log_path).read_text(errors="replace").splitlines()
+        lines = Path(log_path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # it ran on another machine
         return what
     errors = [line for line in lines if "Error" in line or "Fatal" in line][-LOG_LINES:]

@@ -60,7 +60,7 @@ class MemoryAddress:
 
 def host_identity() -> str:
     """Name the boot and the process namespace: where these are equal, process ids mean the same."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
 
 
