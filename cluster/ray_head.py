@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from paceline.addresses import parse_address
 from paceline.cluster.settings import RaySettings
 from paceline.errors import ConfigError
 
@@ -142,9 +143,8 @@ def token_path(folder: Path) -> Path:
 
 def answers(address: str, timeout_s: float = 1.0) -> bool:
     """Tell whether anything listens at host:port."""
-    host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), timeout_s):
+        with socket.create_connection(parse_address(address), timeout_s):
             return True
     except OSError:
         return False

@@ -14,6 +14,8 @@ WORKER_OVERHEAD_BYTES = 600 << 20
 """Resident memory of a CPU worker beside KV pool and weights: Python, torch and Ray, measured."""
 GPU_WORKER_OVERHEAD_BYTES = 2560 << 20
 """Host memory of a worker on a GPU, CUDA's libraries and kernels included: an estimate."""
+MAX_WORKERS = 10_000
+"""Of one pool. Above it somebody has mistyped, and Ray would try for hours."""
 MAX_ADVISED_SHARING = 4
 """Workers a GPU: with more, each would have little memory left beside its own weights."""
 
@@ -33,6 +35,12 @@ def check_capacity(
     Resources are compared with all that the cluster has; memory, for what is still to be started
     (`num_more`), with what is free on this machine, when it is the only one.
     """
+    for role, count in wanted.items():
+        if count > MAX_WORKERS:
+            raise CapacityError(
+                f"{role.value} would have {count} workers, and a pool has {MAX_WORKERS} at most. "
+                "Ask for fewer"
+            )
     _check_resources(settings, wanted, capacity)
     if capacity.num_nodes == 1:
         _check_memory(settings, num_more, capacity)

@@ -1,12 +1,16 @@
 """Say what is wrong with settings so that the reader can put it right without another page."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, get_origin
 
 from pydantic import BaseModel
 
 from paceline.cluster.settings import DeploymentSettings, known_keys
+
+MAX_INTEGER = 2**63 - 1
+MAX_SECONDS = 2_000_000.0
+"""Linux's poll() counts milliseconds in 31 bits: no timer of ours may be longer."""
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -25,6 +29,24 @@ def describe(error: "ValidationError", places: Mapping[str, str], file_name: str
         f"{_place(key, places, file_name)}: {_problem(key, problems)}"
         for key, problems in by_key.items()
     )
+
+
+def number_problems(
+    settings: Iterable[tuple[str, object]], places: Mapping[str, str], file_name: str
+) -> list[str]:
+    """Name the numbers that pydantic takes and no timer, message or memory can hold."""
+    problems: list[str] = []
+    for key, value in settings:
+        inner = value.items() if isinstance(value, Mapping) else ()
+        problems += number_problems(((f"{key}.{k}", v) for k, v in inner), places, file_name)
+        if not isinstance(value, int | float):
+            continue
+        largest = MAX_SECONDS if key.endswith("_s") else MAX_INTEGER
+        if not value <= largest:  # NaN is refused, too
+            place = _place(key, places, file_name)
+            rule = f"must be at most {largest:,}"
+            problems.append(f"{place}: {key} is {value}: {rule}{_purpose(key)}")
+    return problems
 
 
 def closest(key: str, keys: list[str]) -> str | None:

@@ -6,8 +6,9 @@ Each package has its own part; this composes them and checks what no part can ch
 from collections.abc import Callable, Iterator
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from paceline.addresses import parse_address
 from paceline.cluster.devices import device_problems, mixed_devices_problem
 from paceline.decode_worker.settings import DecodeSettings
 from paceline.engine.settings import ModelSettings
@@ -44,6 +45,16 @@ class RaySettings(BaseModel):
         description="Seconds that workers go on serving while the head of a Ray started here is "
         "away.",
     )
+
+    @field_validator("address")
+    @classmethod
+    def _check_address(cls, address: str | None) -> str | None:
+        if address is not None:
+            try:
+                parse_address(address)
+            except ValueError as error:
+                raise ValueError(f"ray.address: {error}") from None
+        return address
 
 
 class ControllerSettings(BaseModel):

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from paceline.cluster.setting_errors import describe
+from paceline.cluster.setting_errors import describe, number_problems
 from paceline.cluster.settings import DeploymentSettings, known_keys, walk
 from paceline.errors import ConfigError
 
 DEFAULT_FILE = Path(__file__).with_name("local.yaml")
 _MODEL_PATH = "model.path"
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+"""ValueError: a date that is none, or a number of more digits than Python reads."""
 _SECTIONS = frozenset(key.rpartition(".")[0] for key in known_keys())
 
 
@@ -73,11 +75,13 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> LoadedSettings:
     tree, origins = _read_file(path)
     for override in overrides:
         _apply_override(override, tree, origins)
+    places = {key: origin.where for key, origin in origins.items()}
     try:
         settings = DeploymentSettings.model_validate(tree)
     except ValidationError as error:
-        places = {key: origin.where for key, origin in origins.items()}
         raise ConfigError(describe(error, places, path.name)) from None
+    if problems := number_problems(walk(settings), places, path.name):
+        raise ConfigError("\n".join(problems))
     return LoadedSettings(settings, origins)
 
 
@@ -94,7 +98,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Origin]]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise ConfigError(f"{path.name} is not valid YAML: {error}") from None
     if tree is None:
         return {}, {}
@@ -136,7 +140,7 @@ def _apply_override(override: str, tree: dict[str, Any], origins: dict[str, Orig
         raise ConfigError(f"--set {override} must read --set section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
     if key == _MODEL_PATH and isinstance(value, str):
         value = _from_folder(value, Path.cwd())

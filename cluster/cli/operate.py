@@ -18,6 +18,8 @@ from paceline.v1 import control_pb2
 
 SCALE_TIMEOUT_S = 900.0
 SCALE_POLL_S = 0.2
+MAX_SIZE_DIGITS = 9
+"""What the protocol's 32 bits hold; the controller has a lower limit, which it names."""
 _STATES = {
     control_pb2.PROCESS_STATE_STARTING: ("starting", "yellow"),
     control_pb2.PROCESS_STATE_READY: ("ready", "green"),
@@ -133,10 +135,12 @@ def _parse_size(text: str) -> tuple[str, int]:
     pool, equals, size = text.partition("=")
     if not equals or not pool:
         raise ConfigError(f"{text} must read POOL=SIZE, such as decode=3")
-    if not size.isdigit():
+    if not size.isdecimal() or len(size) > MAX_SIZE_DIGITS:
         raise InvalidRequestError(
             FieldViolation(
-                f"pools[{pool}]", f"is {size or 'empty'}; it must be a whole number from 0"
+                f"pools[{pool}]",
+                f"is {size or 'empty'}; it must be a whole number from 0, of {MAX_SIZE_DIGITS} "
+                "digits at most",
             )
         )
     return pool, int(size)

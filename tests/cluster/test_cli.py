@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -45,15 +44,32 @@ def taken_port() -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
-def paceline(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "from paceline.cluster.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+def paceline(
+    *arguments: str | bytes, stdin: bytes = b"", code: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{code}\nfrom paceline.cluster.cli import main; main()",
+            *arguments,
+        ],
+        env=os.environ | environment,
+        input=stdin,
         capture_output=True,
-        text=True,
         timeout=60,
         check=False,
     )
+    return subprocess.CompletedProcess(
+        result.args, result.returncode, result.stdout.decode(), result.stderr.decode()
+    )
+
+
+def assert_is_one_error(result: subprocess.CompletedProcess[str], words: str) -> None:
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_help_lists_every_command_and_loads_neither_torch_nor_ray() -> None:
@@ -83,6 +99,100 @@ def test_a_refusal_is_one_line_on_stderr_without_a_traceback() -> None:
     assert result.stdout == ""
     assert result.stderr.startswith("error: the settings file /nowhere.yaml does not exist")
     assert "Traceback" not in result.stderr
+
+
+FAILS = """
+from paceline.cluster.cli import configuration
+def fail(*arguments): raise LookupError("nothing there")
+configuration.show = fail
+"""
+
+
+def test_an_unexpected_error_is_one_line_with_its_place_and_the_way_to_the_traceback() -> None:
+    result = paceline("config", "show", code=FAILS)
+    assert_is_one_error(result, "LookupError: nothing there (<string>:3)")
+    assert "PACELINE_TRACEBACK=1" in result.stderr
+    result = paceline("config", "show", code=FAILS, PACELINE_TRACEBACK="1")
+    assert result.returncode == 1
+    assert "Traceback (most recent call last)" in result.stderr
+
+
+def test_arguments_and_standard_input_that_are_not_utf8_are_refused_by_name() -> None:
+    assert_is_one_error(paceline("generate", b"caf\xe9"), "argument 2 is not UTF-8 text")
+    result = paceline("generate", "-", stdin=b"caf\xe9", PYTHONUTF8="1")
+    assert_is_one_error(result, "standard input is not UTF-8 text")
+
+
+CHECKLIST = """
+from paceline.cluster import lifecycle
+from paceline.errors import ConfigError
+def up(settings, file, watcher):
+    watcher.began("start Ray")
+    watcher.ended("start Ray", 1.0)
+    raise ConfigError("\\u2713 \\xb7 \\u20ac this is far enough")
+lifecycle.up = up
+"""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "C"},
+        {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        {"PYTHONIOENCODING": "ascii"},
+    ],
+    ids=["C", "POSIX", "PYTHONIOENCODING"],
+)
+def test_everything_can_be_printed_in_an_ascii_locale(environment: dict[str, str]) -> None:
+    result = paceline("config", "show", "--set", "model.path=/Modelle/größe", **environment)
+    assert result.returncode == 0
+    assert "/Modelle/gr" in result.stdout
+    result = paceline("up", "--set", "model.path=größe", code=CHECKLIST, **environment)
+    assert result.returncode == 1
+    assert "start Ray 1.0 s" in result.stderr
+    assert "this is far enough" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--max-tokens", "99999999999999999999"),
+        ("--seed", str(2**64)),
+        ("--top-k", str(2**32)),
+        ("--temperature", "1e400"),
+        ("--top-p", "1e400"),
+    ],
+)
+def test_a_number_that_no_request_can_hold_is_refused_by_its_flag(flag: str, value: str) -> None:
+    result = CliRunner().invoke(app, ["generate", "a prompt", flag, value])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{flag}'" in result.output
+
+
+def test_output_that_nobody_reads_on_ends_a_command_quietly() -> None:
+    command = f"{sys.executable} -c 'from paceline.cluster.cli import main; main()' config show"
+    result = subprocess.run(
+        ["bash", "-c", f"{command} | head -1"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert result.stdout.startswith("setting ")
+    assert result.stderr == ""
+
+
+def test_output_that_cannot_be_written_is_an_error() -> None:
+    command = f"{sys.executable} -c 'from paceline.cluster.cli import main; main()' config show"
+    result = subprocess.run(
+        ["bash", "-c", f"{command} >/dev/full"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert_is_one_error(result, "No space left on device")
 
 
 def test_status_without_a_deployment_says_how_to_start_one(
@@ -296,7 +406,13 @@ def test_scale_waits_for_the_new_size(deployment: lifecycle.Deployment) -> None:
 
 @pytest.mark.parametrize(
     ("size", "words"),
-    [("decode", "must read POOL=SIZE"), ("decode=-1", "is -1"), ("decode=x", "is x")],
+    [
+        ("decode", "must read POOL=SIZE"),
+        ("decode=-1", "is -1"),
+        ("decode=x", "is x"),
+        ("decode=²", "is ²"),
+        ("decode=99999999999", "9 digits at most"),
+    ],
 )
 def test_a_size_that_is_none_is_refused(size: str, words: str) -> None:
     from paceline.errors import PacelineError

@@ -115,6 +115,9 @@ def test_an_unknown_key_that_is_like_no_other_has_no_suggestion(tmp_path: Path) 
         ("decode:\n  replicas: 1\n", "test.yaml: model is missing (What is served)"),
         ("model:\n  path: /m\n  path: /n\n", "line 3: model.path is set for the second time"),
         ("model: [\n", "test.yaml is not valid YAML"),
+        ("model: 2001-99-99\n", "test.yaml is not valid YAML: month must be in 1..12"),
+        (f"model: {'1' * 5000}\n", "test.yaml is not valid YAML"),
+        (f"model: {'[' * 2000}\n", "test.yaml is not valid YAML"),
         ("- model\n", "holds a list; it must be a mapping"),
         ("", "model is missing"),
     ],
@@ -138,6 +141,39 @@ def test_settings_that_contradict_each_other_are_refused(
     tmp_path: Path, override: str, words: str
 ) -> None:
     assert words in refusal(tmp_path, "model:\n  path: /m\n", override)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("decode.num_kv_blocks=1" + 30 * "0", "must be at most 9,223,372,036,854,775,807"),
+        ("decode.kv_cache_bytes=1" + 30 * "0", "must be at most 9,223,372,036,854,775,807"),
+        ("controller.start_timeout_s=.inf", "is inf: must be at most 2,000,000.0 (Seconds from"),
+        ("ray.start_timeout_s=3.0e+9", "is 3000000000.0: must be at most 2,000,000.0"),
+        ("controller.start_timeout_s='1e400'", "is inf: must be at most"),
+        ("controller.start_timeout_s=.nan", "is nan: must be greater than 0"),
+        ("kv.min_transport_gb_per_s=.nan", "is nan: must be greater than or equal to 0"),
+        ("decode.resources.CPU=.inf", "decode.resources.CPU is inf"),
+        ("router.grpc_port=65536", "must be less than or equal to 65535"),
+        ("decode.replicas=1e9", "decode.replicas is '1e9': must be a valid integer"),
+    ],
+)
+def test_a_number_that_nothing_can_hold_is_refused_with_its_flag(
+    tmp_path: Path, override: str, words: str
+) -> None:
+    text = refusal(tmp_path, "model:\n  path: /m\n", override)
+    assert text.startswith(f"--set {override.partition('=')[0]}=")
+    assert words in text
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["bogus", "auto", "local", ":6379", "head:", "head:0", "head:65536", "head:x", "ray://head:1"],
+)
+def test_a_ray_address_of_another_form_is_refused(tmp_path: Path, address: str) -> None:
+    text = refusal(tmp_path, "model:\n  path: /m\n", f"ray.address='{address}'")
+    assert "must be host:port, such as 10.0.0.10:6379" in text
+    assert text.startswith("--set ray.address")
 
 
 def test_no_prefill_workers_are_allowed_when_decode_computes_prompts(tmp_path: Path) -> None:
