@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from paceline.cluster import deployment_record, ray_driver, ray_head, signals
+from paceline.cluster import deployment_record, kept_logs, ray_driver, ray_head, signals
 from paceline.cluster.build_hosted import build_hosted
 from paceline.cluster.deployment_record import DeploymentRecord
 from paceline.cluster.early_checks import refuse_early
@@ -61,7 +61,8 @@ def up(
     """Start everything, and return when every process is READY.
 
     `check` raises what is wrong with the settings before anything is started. Raises ConfigError
-    or UnavailableError with the cause, and leaves nothing behind then.
+    or UnavailableError with the cause, and leaves nothing behind then but the logs of a Ray that
+    was started here; a note on the error says where they are.
     """
     started = time.monotonic()
     record = DeploymentRecord(
@@ -73,6 +74,7 @@ def up(
     )
     deployment_record.claim(record)
     try:
+        kept_logs.forget(record.deployment)
         with _step(watcher, "look at the model and the ports"):
             check(settings)
         with contextlib.ExitStack() as membership:
@@ -85,8 +87,12 @@ def up(
             with _step(watcher, "start the processes"):
                 _wait_until_ready(settings, controller, watcher)
         record = deployment_record.update(record, controller_address=control_address)
-    except BaseException:
-        # Whatever the reason, a signal included: nothing may stay.
+    except BaseException as error:
+        # Whatever the reason, a signal included: nothing may stay but the logs of a failure.
+        if record.ray_folder is not None and isinstance(error, Exception):
+            logs = kept_logs.keep(record.deployment, Path(record.ray_folder))
+            if logs is not None:
+                error.add_note(f"Logs of the start: {logs}, until the next one of this name")
         _end(record)
         raise
     return Deployment(record, time.monotonic() - started)

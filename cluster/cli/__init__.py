@@ -26,16 +26,22 @@ def main() -> None:
     except BrokenPipeError:  # as in `paceline status | head -1`: nobody reads on
         sys.exit(1)
     except PacelineError as error:
-        output.print_error("\n".join([str(error), *getattr(error, "__notes__", ())]))
+        output.print_error("\n".join([str(error), *_notes(error)]))
         sys.exit(1)
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        output.print_error(
+        message = (
             f"paceline did not expect this: {cause_of(error)}. With {TRACEBACK_VARIABLE}=1 in the "
             "environment it prints a traceback, which helps when you report it"
         )
+        output.print_error("\n".join([message, *_notes(error)]))
         sys.exit(1)
+
+
+def _notes(error: Exception) -> list[str]:
+    """Return what callers have added, such as where the logs are."""
+    return getattr(error, "__notes__", [])
 
 
 def _run(arguments: list[str]) -> None:
