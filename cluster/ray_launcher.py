@@ -28,6 +28,7 @@ from paceline.cluster.launcher import (
 from paceline.cluster.process_state import ProcessName, Role
 from paceline.cluster.resources import pool_settings
 from paceline.cluster.settings import DeploymentSettings
+from paceline.engine.host_memory import host_memory
 from paceline.errors import PacelineError
 
 logger = logging.getLogger(__name__)
@@ -197,8 +198,7 @@ def cluster_capacity() -> Capacity:
     """Ask Ray and this machine what there is."""
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    memory = psutil.virtual_memory()
-    return Capacity(resources, len(nodes), memory.total, memory.available)
+    return Capacity(resources, len(nodes), *host_memory())
 
 
 def _kill_on_this_machine(pid: int) -> None:

@@ -1,8 +1,5 @@
 """A worker's KV memory: how many blocks fit, and the views that kernels work on."""
 
-from pathlib import Path
-
-import psutil
 import torch
 
 from paceline.errors import CapacityError, ConfigError
@@ -73,22 +70,6 @@ def num_blocks_that_fit(
             f"stays reserved. Lower {name} to at most {best}, or run fewer workers on this machine."
         )
     return count
-
-
-def available_memory_bytes() -> int:
-    """Return the memory left to this process: the machine's, or its control group's if less."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        stat = (group / "memory.stat").read_text().split()
-    except (OSError, ValueError):  # no such control group, or its limit is "max"
-        return available
-    values = dict(zip(stat[::2], stat[1::2], strict=False))
-    # The page cache counts as used and is given back on demand.
-    reclaimable = int(values.get("inactive_file", 0)) + int(values.get("active_file", 0))
-    return min(available, max(0, limit - used + reclaimable))
 
 
 def _gib(num_bytes: int) -> str:

@@ -10,12 +10,8 @@ import torch
 
 from paceline.engine.cpu.model_runner import CpuModelRunner
 from paceline.engine.cpu.sampler import Sampler
-from paceline.engine.kv_pool import (
-    TORCH_DTYPES,
-    KvPool,
-    available_memory_bytes,
-    num_blocks_that_fit,
-)
+from paceline.engine.host_memory import host_memory
+from paceline.engine.kv_pool import TORCH_DTYPES, KvPool, num_blocks_that_fit
 from paceline.engine.model_config import ModelConfig, read_model_config
 from paceline.engine.model_facts import choose_dtype, choose_model_len
 from paceline.engine.model_source import ModelFolder
@@ -175,7 +171,7 @@ def _cpu_pool(layout: KvLayout, settings: EngineSettings, allocate: OnCpu) -> Kv
         layout,
         num_kv_blocks=settings.num_kv_blocks,
         kv_cache_bytes=settings.cpu_kv_cache_bytes,
-        available_bytes=available_memory_bytes(),
+        available_bytes=host_memory().available_bytes,
     )
     memory = allocate(num_blocks * layout.block_bytes)
     return KvPool(layout, memory.view(num_blocks, layout.block_bytes))
