@@ -20,6 +20,7 @@ from paceline.cluster.process_state import Role
 from paceline.cluster.resources import check_capacity
 from paceline.cluster.settings import DeploymentSettings
 from paceline.cluster.settings_file import DEFAULT_FILE, load_settings
+from paceline.engine.host_memory import host_memory
 from paceline.errors import PacelineError
 
 CUDA_TORCH = "install a torch built for CUDA: https://pytorch.org/get-started/locally"
@@ -59,8 +60,9 @@ def check(file: Path | None, overrides: list[str], as_json: bool) -> None:
 def _machine() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0))
     yield Finding("cores", f"{cores} of {os.cpu_count()} ({platform.machine()})", True)
-    memory = psutil.virtual_memory()
-    yield Finding("memory", f"{gib(memory.available)} free of {gib(memory.total)}", True)
+    memory = host_memory()
+    free_of_total = f"{gib(memory.available_bytes)} free of {gib(memory.total_bytes)}"
+    yield Finding("memory", free_of_total, True)
     cache = model_cache_dir()
     exists = next(parent for parent in (cache, *cache.parents) if parent.exists())
     free = psutil.disk_usage(str(exists)).free
@@ -171,9 +173,8 @@ def _fit(settings: DeploymentSettings) -> Finding:
     import torch
 
     wanted = {Role.PREFILL: settings.prefill.replicas, Role.DECODE: settings.decode.replicas}
-    memory = psutil.virtual_memory()
     resources = {"CPU": float(os.cpu_count() or 1), GPU: float(torch.cuda.device_count())}
-    here = Capacity(resources, 1, memory.total, memory.available)
+    here = Capacity(resources, 1, *host_memory())
     name = f"room for {settings.deployment}"
     if settings.ray.address is not None:
         return Finding(name, f"decided by the Ray cluster at {settings.ray.address}", True)
