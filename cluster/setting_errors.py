@@ -31,22 +31,27 @@ def describe(error: "ValidationError", places: Mapping[str, str], file_name: str
     )
 
 
-def number_problems(
+def value_problems(
     settings: Iterable[tuple[str, object]], places: Mapping[str, str], file_name: str
 ) -> list[str]:
-    """Name the numbers that pydantic takes and no timer, message or memory can hold."""
+    """Name the values that pydantic takes and no timer, message, memory or path holds."""
     problems: list[str] = []
     for key, value in settings:
         inner = value.items() if isinstance(value, Mapping) else ()
-        problems += number_problems(((f"{key}.{k}", v) for k, v in inner), places, file_name)
-        if not isinstance(value, int | float):
-            continue
-        largest = MAX_SECONDS if key.endswith("_s") else MAX_INTEGER
-        if not value <= largest:  # NaN is refused, too
+        problems += value_problems(((f"{key}.{k}", v) for k, v in inner), places, file_name)
+        if rule := _broken_rule(key, value):
             place = _place(key, places, file_name)
-            rule = f"must be at most {largest:,}"
-            problems.append(f"{place}: {key} is {value}: {rule}{_purpose(key)}")
+            problems.append(f"{place}: {key} is {value!r}: {rule}{_purpose(key)}")
     return problems
+
+
+def _broken_rule(key: str, value: object) -> str | None:
+    if isinstance(value, str):
+        return "must have no zero character" if "\0" in value else None
+    largest = MAX_SECONDS if key.endswith("_s") else MAX_INTEGER
+    if isinstance(value, int | float) and not value <= largest:  # NaN is refused, too
+        return f"must be at most {largest:,}"
+    return None
 
 
 def closest(key: str, keys: list[str]) -> str | None:

@@ -1,5 +1,6 @@
 """Read settings: defaults, then the YAML file, then flags; remember where each value came from."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -9,14 +10,12 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from paceline.cluster.setting_errors import describe, number_problems
+from paceline.cluster.setting_errors import describe, value_problems
 from paceline.cluster.settings import DeploymentSettings, known_keys, walk
 from paceline.errors import ConfigError
 
 DEFAULT_FILE = Path(__file__).with_name("local.yaml")
 _MODEL_PATH = "model.path"
-_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
-"""ValueError: a date that is none, or a number of more digits than Python reads."""
 _SECTIONS = frozenset(key.rpartition(".")[0] for key in known_keys())
 
 
@@ -80,7 +79,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> LoadedSettings:
         settings = DeploymentSettings.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(describe(error, places, path.name)) from None
-    if problems := number_problems(walk(settings), places, path.name):
+    if problems := value_problems(walk(settings), places, path.name):
         raise ConfigError("\n".join(problems))
     return LoadedSettings(settings, origins)
 
@@ -95,11 +94,9 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Origin]]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the settings file {path} cannot be read: {error}") from None
-    try:
+    with _yaml_of(path.name):
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
-    except _YAML_ERRORS as error:
-        raise ConfigError(f"{path.name} is not valid YAML: {error}") from None
     if tree is None:
         return {}, {}
     if not isinstance(tree, dict) or not isinstance(node, yaml.MappingNode):
@@ -107,14 +104,30 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Origin]]:
             f"{path.name} holds a {type(tree).__name__}; it must be a mapping with keys such as "
             "model, prefill and decode"
         )
-    origins = {
-        key: Origin(Source.FILE, f"{path.name} line {line}")
-        for key, line in _lines(node, "", path.name)
-    }
+    with _yaml_of(path.name):
+        origins = {
+            key: Origin(Source.FILE, f"{path.name} line {line}")
+            for key, line in _lines(node, "", path.name)
+        }
     model = tree.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         model["path"] = _from_folder(model["path"], path.resolve().parent)
     return tree, origins
+
+
+@contextlib.contextmanager
+def _yaml_of(what: str) -> Iterator[None]:
+    """Raise ConfigError for whatever is wrong with YAML.
+
+    PyYAML has errors of its own, and lets others through: for a date that is none, a tag that does
+    not fit, a number of too many digits, or an alias within itself.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{what} is not valid YAML: {error}") from None
 
 
 def _lines(node: yaml.MappingNode, path: str, file_name: str) -> Iterator[tuple[str, int]]:
@@ -138,10 +151,8 @@ def _apply_override(override: str, tree: dict[str, Any], origins: dict[str, Orig
     key = key.strip()
     if not equals or not key:
         raise ConfigError(f"--set {override} must read --set section.key=value")
-    try:
+    with _yaml_of(f"--set {override}: the value"):
         value = yaml.safe_load(text)
-    except _YAML_ERRORS as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
     if key == _MODEL_PATH and isinstance(value, str):
         value = _from_folder(value, Path.cwd())
     *sections, name = key.split(".")
