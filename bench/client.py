@@ -59,8 +59,15 @@ class LoadClient:
         await self._channel.close()
 
     async def vocabulary(self) -> tuple[Vocabulary, int]:
-        """Ask for the vocabulary and the model's length."""
-        info = await self._stub.GetModelInfo(inference_pb2.GetModelInfoRequest())
+        """Ask for the vocabulary and the model's length. Raises UnavailableError."""
+        request = inference_pb2.GetModelInfoRequest()
+        try:
+            info = await self._stub.GetModelInfo(request, timeout=CONNECT_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise UnavailableError(
+                f"{self._address} does not say what it serves: {error.code().name}, "
+                f"{error.details()}. Is it a router of paceline?"
+            ) from None
         return Vocabulary(info.vocab_size, frozenset(info.eos_token_ids)), info.max_model_len
 
     async def closed_loop(

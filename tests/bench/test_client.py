@@ -2,6 +2,7 @@
 
 import socket
 
+import grpc
 import pytest
 
 from paceline.bench import client
@@ -18,6 +19,16 @@ async def test_a_router_that_does_not_answer_is_named(monkeypatch: pytest.Monkey
             UnavailableError, match=rf"no router answers at {address} within 0\.2 s"
         ):
             await LoadClient(address, timeout_s=1.0).__aenter__()
+
+
+async def test_a_server_that_is_no_router_is_named() -> None:
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with LoadClient(f"127.0.0.1:{port}", timeout_s=1.0) as load:
+        with pytest.raises(UnavailableError, match=r"UNIMPLEMENTED.* a router of paceline"):
+            await load.vocabulary()
+    await server.stop(None)
 
 
 async def test_an_address_of_another_form_is_refused() -> None:
