@@ -49,7 +49,7 @@ def namespace_of(deployment: str) -> str:
 def runtime_dir() -> Path:
     """Name this user's folder of records: $PACELINE_RUNTIME_DIR or /tmp/paceline-UID."""
     given = os.environ.get(VARIABLE)
-    return Path(given) if given else Path(f"/tmp/paceline-{os.getuid()}")
+    return Path(given).absolute() if given else Path(f"/tmp/paceline-{os.getuid()}")
 
 
 def claim(record: DeploymentRecord) -> None:

@@ -51,6 +51,7 @@ def start(folder: Path, settings: RaySettings) -> str:
             f"Ray's folder {folder} has {len(str(folder))} characters, and Linux's limit for "
             f"socket names leaves {MAX_FOLDER_LENGTH}. Set PACELINE_RUNTIME_DIR to a shorter one"
         )
+    stop(folder)  # of an earlier start, if somebody removed its record
     folder.mkdir(mode=0o700)
     _write_token(folder)
     command = [
@@ -89,7 +90,7 @@ def start(folder: Path, settings: RaySettings) -> str:
 
 
 def stop(folder: Path) -> None:
-    """End every process of the Ray below `folder`, and remove the folder. Does nothing twice.
+    """End every process of the Ray below `folder`, and remove it. Does nothing if it is gone.
 
     Whatever still runs is killed: end workers by the controller before.
     """

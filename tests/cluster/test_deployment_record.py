@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.cluster import deployment_record
+from paceline.cluster import deployment_record, model_cache
 from paceline.cluster.deployment_record import DeploymentRecord
 from paceline.errors import ConfigError
 
@@ -31,6 +31,24 @@ def test_a_folder_that_cannot_be_used_is_named_with_the_variable_to_set(
     monkeypatch.setenv(deployment_record.VARIABLE, str(folder))
     with pytest.raises(ConfigError, match=f"{folder} cannot be used.*Set PACELINE_RUNTIME_DIR"):
         use()
+
+
+def test_a_relative_folder_is_the_same_wherever_a_process_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(deployment_record.VARIABLE, "runtime")
+    assert deployment_record.runtime_dir() == tmp_path / "runtime"
+
+
+def test_a_relative_cache_is_refused_because_workers_run_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(model_cache.VARIABLE, "cache")
+    with pytest.raises(
+        ConfigError, match="PACELINE_CACHE_DIR is cache: it must be an absolute path"
+    ):
+        model_cache.model_cache_dir()
 
 
 def test_a_name_that_no_file_can_have_is_refused(
