@@ -71,7 +71,8 @@ def draw_texts(num_texts: int = 48) -> tuple[str, ...]:
     """Draw texts in which words of all kinds meet; the same ones always."""
     draw = random.Random(0)
     pool = [*_LETTERS, *_OTHERS, *"   12aB", "'s", "'LL", "  ", "12345", "abcAB"]
-    return tuple("".join(draw.choices(pool, k=24)) for _ in range(num_texts))
+    drawn = ("".join(draw.choices(pool, k=24)) for _ in range(num_texts))
+    return ("a\u0301  \n\u0301 ", *drawn)
 
 
 @cache
