@@ -63,7 +63,7 @@ TEXTS = (
 )
 
 
-_LETTERS = "aBsLté١世ก\u0301Ж"
+_LETTERS = "aBsLté١世ก\u0301Жꀀ"
 _OTHERS = " \t\n\r\u3000'.,/!$<~-_12½…"
 
 
@@ -72,7 +72,7 @@ def draw_texts(num_texts: int = 48) -> tuple[str, ...]:
     draw = random.Random(0)
     pool = [*_LETTERS, *_OTHERS, *"   12aB", "'s", "'LL", "  ", "12345", "abcAB"]
     drawn = ("".join(draw.choices(pool, k=24)) for _ in range(num_texts))
-    return ("a\u0301  \n\u0301 ", *drawn)
+    return ("ꀀ  \nꀀ ", *drawn)
 
 
 @cache
