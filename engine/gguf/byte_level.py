@@ -11,6 +11,7 @@ from paceline.engine.gguf.pre_tokenizers import (
     REFUSED_PRE_TOKENIZERS,
     PreTokenizer,
 )
+from paceline.engine.gguf.special_tokens import SpecialTokens
 from paceline.engine.gguf.vocabulary import TokenKind, Vocabulary
 from paceline.errors import ConfigError, UnsupportedModelError
 
@@ -37,7 +38,9 @@ def find_pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
     )
 
 
-def build_byte_level(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Tokenizer:
+def build_byte_level(
+    metadata: Mapping[str, Any], vocabulary: Vocabulary, special: SpecialTokens
+) -> Tokenizer:
     """Build the tokenizer, without special tokens.
 
     Raises UnsupportedModelError or ConfigError for vocabularies that would give other tokens than
@@ -75,19 +78,32 @@ def build_byte_level(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Tok
         any_absent = "".join(f"\\x{{{ord(character):x}}}" for character in absent)
         steps.append(pre_tokenizers.Split(Regex(f"[{any_absent}]"), "removed"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.decoder = _build_decoder(vocabulary.tokens[token] for token in special.shown)
     return tokenizer
 
 
-def check_shown_tokens(texts: Iterable[str]) -> None:
-    """Refuse a token that is shown as it is, and that the decoder would read as bytes."""
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    for text in texts:
-        if not text.isascii() and alphabet.issuperset(text):
+def _build_decoder(shown: Iterable[str]) -> decoders.Decoder:
+    """Build the way back to text, in which the tokens `shown` stay as they are.
+
+    The decoder reads any token of GPT-2's byte characters as bytes. Vocabularies such as
+    DeepSeek's have user-defined tokens of one such character each, for bytes that no text has:
+    they are written as the bytes of themselves first.
+    """
+    to_bytes = pre_tokenizers.ByteLevel(False, use_regex=False)
+    alphabet = set(to_bytes.alphabet())
+    replaced = []
+    for text in shown:
+        if text.isascii() or not alphabet.issuperset(text):
+            continue
+        if text not in _NEVER_IN_UTF8:
             raise UnsupportedModelError(
                 f"the user-defined token {text!r} looks like bytes to the decoder, which would "
                 "change it in generated text. Set model.path to the model's safetensors folder."
             )
+        replaced.append(decoders.Replace(text, to_bytes.pre_tokenize_str(text)[0][0]))
+    return (
+        decoders.Sequence([*replaced, decoders.ByteLevel()]) if replaced else decoders.ByteLevel()
+    )
 
 
 def _read_merges(

@@ -12,11 +12,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from paceline.engine.gguf.byte_level import (
-    build_byte_level,
-    check_shown_tokens,
-    find_pre_tokenizer,
-)
+from paceline.engine.gguf.byte_level import build_byte_level, find_pre_tokenizer
 from paceline.engine.gguf.sentencepiece import build_sentencepiece
 from paceline.engine.gguf.special_tokens import SpecialTokens, read_special_tokens
 from paceline.engine.gguf.tokenizer_keys import chat_templates, check_keys
@@ -119,11 +115,9 @@ def _check_name(metadata: Mapping[str, Any]) -> None:
 
 def _build(metadata: Mapping[str, Any], parts: _Parts) -> Tokenizer:
     vocabulary, special = parts.vocabulary, parts.special
-    if metadata["tokenizer.ggml.model"] == "llama":
-        tokenizer = build_sentencepiece(metadata, vocabulary, special)
-    else:
-        check_shown_tokens(vocabulary.tokens[token_id] for token_id in special.shown)
-        tokenizer = build_byte_level(metadata, vocabulary)
+    is_llama = metadata["tokenizer.ggml.model"] == "llama"
+    build = build_sentencepiece if is_llama else build_byte_level
+    tokenizer = build(metadata, vocabulary, special)
     tokenizer.add_special_tokens(_added(vocabulary, special.hidden, special=True))
     tokenizer.add_tokens(_added(vocabulary, special.shown, special=False))
     before = {"bos": special.bos} if parts.add_bos else {}

@@ -184,6 +184,7 @@ VOCABULARIES = {
     "words without merges, which count": byte_level({"xyz": 1, "Ġxyz": 1}),
     "a merge twice": byte_level(merges=("a b", "b a", "a b", "ba b")),
     "bytes without tokens": byte_level(without="xĊÃ"),
+    "byte characters as tokens": byte_level({"ö": 4, "À": 4}, without="öÀ"),
     "bos and eos": byte_level(add_bos_token=True, add_eos_token=True),
     "no bos, against the pre-tokenizer": byte_level(pre="tekken", add_bos_token=False),
     "special by their texts": byte_level(

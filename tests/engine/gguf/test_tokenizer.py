@@ -40,6 +40,7 @@ SMALL_TEXTS = (
     "<s> <s>a</s>  <pad>ab <unk>",
     "<|im_start|>He<|im_end|> 世界 é ñ\n\n\n\n\n",
     "xyz xyzxyz axyz xyz",
+    "schön öÀ voilà ÷ñ",
     "axb ax b xab abxab a\nb aÃb",
     "\n\n\n\n  \n\n\n\n\n      a",
     "\U0009e4bbabab \x00\x04",
@@ -143,6 +144,12 @@ def test_byte_level_tokens_give_the_text_back(name: str, tmp_path: Path) -> None
     for text in given:
         tokens = tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(tokens, skip_special_tokens=False) == text
+
+
+def test_user_defined_byte_characters_are_shown_as_they_are(tmp_path: Path) -> None:
+    tokenizer = convert(VOCABULARIES["byte characters as tokens"], tmp_path)
+    text = "schön öÀ voilà ñ"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
 @pytest.mark.parametrize("name", ["sentencepiece", "sentencepiece without space"])
