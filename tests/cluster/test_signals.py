@@ -1,6 +1,7 @@
 """Signals that end a command: nothing is cut in half, and nothing is left."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from paceline.cluster import signals
+from paceline.cluster import ray_head, signals
 from paceline.cluster.signals import END_SIGNALS, Ended
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
@@ -177,7 +178,12 @@ def test_a_deployment_that_serves_ends_when_its_command_is_ended(tmp_path: Path)
     sizes = ("prefill.kv_cache_bytes=1000000", "decode.kv_cache_bytes=1000000")
     flags = [part for setting in (*settings, *sizes) for part in ("--set", setting)]
     serving = Command(folder, SERVE, "serve", *flags)
-    serving.read_until("serves at")
-    # The second one comes while it cleans up.
-    assert serving.end(signal.SIGTERM, signal.SIGTERM) == 0
-    serving.assert_nothing_left()
+    try:
+        serving.read_until("serves at")
+        # The second one comes while it cleans up.
+        assert serving.end(signal.SIGTERM, signal.SIGTERM) == 0
+        serving.assert_nothing_left()
+    finally:
+        for ray_folder in folder.glob("r-*"):
+            ray_head.stop(ray_folder)
+        shutil.rmtree(folder, ignore_errors=True)
