@@ -7,6 +7,8 @@ from rich.text import Text
 
 from paceline.cluster.cli.output import out, print_json, print_note
 from paceline.cluster.settings_file import DEFAULT_FILE, Source, load_settings
+from paceline.engine.gguf.reader import read_gguf
+from paceline.engine.gguf.tokenizer import end_token_ids
 from paceline.engine.model_config import read_model_config
 from paceline.engine.model_source import find_model
 from paceline.errors import ConfigError
@@ -57,12 +59,13 @@ def show(file: Path | None, overrides: list[str], only_changed: bool, as_json: b
 
 
 def _end_tokens(model_path: str) -> tuple[EndToken, ...]:
-    """Read the tokens that end sequences, if the model is a folder that can be read."""
+    """Read the tokens that end sequences, if the model can be read."""
     try:
         path = find_model(model_path)
         if path.is_dir():
             return read_model_config(path).end_tokens
-        print_note(f"The end tokens of {path.name} are known once it has been converted.")
+        ends = end_token_ids(read_gguf(path).metadata)
+        return tuple(EndToken(token_id, (path.name,)) for token_id in ends)
     except ConfigError as error:
         print_note(f"The model's end tokens are not known: {error}")
     return ()

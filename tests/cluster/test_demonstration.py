@@ -24,7 +24,10 @@ class Stub:
         self._breaks = breaks
         self.may_end = threading.Event()
 
-    def Generate(self, request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
+    def Generate(self, request: pb.GenerateRequest) -> "Call":
+        return Call(self._responses())
+
+    def _responses(self) -> Iterator[pb.GenerateResponse]:
         for index in range(3):
             if index == 2:
                 assert self.may_end.wait(10)
@@ -32,6 +35,19 @@ class Stub:
                     raise UnavailableError("the router went away")
             yield pb.GenerateResponse(tokens=[pb.Token(index=index, token_id=7)], text="a")
         yield pb.GenerateResponse(usage=pb.Usage(resumed=1))
+
+
+class Call:
+    """A stream of responses that can be cancelled, as gRPC's."""
+
+    def __init__(self, responses: Iterator[pb.GenerateResponse]) -> None:
+        self._responses = responses
+
+    def __iter__(self) -> Iterator[pb.GenerateResponse]:
+        return self._responses
+
+    def cancel(self) -> None:
+        self._responses = iter(())
 
 
 def make_load(stub: Stub) -> Load:

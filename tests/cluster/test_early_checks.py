@@ -1,36 +1,20 @@
 """What is refused before Ray starts, and what is left to other machines."""
 
-import json
 import socket
 from pathlib import Path
 
 import pytest
-from tiny_tokenizer import write_tokenizer
+from unloaded_model import write_unloaded_model
 
 from paceline.cluster.early_checks import check_port, early_findings, refuse_early
 from paceline.cluster.settings import DeploymentSettings
 from paceline.errors import ConfigError
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 512,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 512,
-}
-
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A folder with all that can be looked at without loading."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    write_tokenizer(folder)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "model.safetensors").touch()
-    return folder
+    return write_unloaded_model(tmp_path / "model")
 
 
 def make_settings(path: Path, **parts: object) -> DeploymentSettings:
@@ -63,7 +47,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(model: Path) -> None:
 
 
 def test_every_problem_is_named_at_once(model: Path) -> None:
-    (model / "config.json").write_text(json.dumps(CONFIG | {"dtype": "float16"}))
+    write_unloaded_model(model, dtype="float16")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -316,6 +316,6 @@ def test_errors_of_the_control_api_come_with_the_servers_words(
     with pytest.raises(PacelineError, match="nobody could stream tokens"):
         scale_by_command(["decode=0"], "test", wait=False, as_json=True)
     with pytest.raises(PacelineError, match=r"GiB .* are free on this machine"):
-        scale_by_command(["decode=100000"], "test", wait=False, as_json=True)
+        scale_by_command(["decode=9000"], "test", wait=False, as_json=True)
     with pytest.raises(PacelineError, match="decode-9 is no worker that is READY"):
         drain("decode-9", "test")

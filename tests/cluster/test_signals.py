@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from unloaded_model import write_unloaded_model
 
 from paceline.cluster import ray_head, signals
 from paceline.cluster.signals import END_SIGNALS, Ended
@@ -174,7 +175,8 @@ main()
 
 def test_a_deployment_that_serves_ends_when_its_command_is_ended(tmp_path: Path) -> None:
     folder = Path(f"/tmp/ps-{os.getpid()}")  # short, because Ray makes sockets in it
-    settings = (f"model.path={tmp_path}", "router.grpc_port=0", "deployment=served")
+    model = write_unloaded_model(tmp_path / "model", max_position_embeddings=4096)
+    settings = (f"model.path={model}", "router.grpc_port=0", "deployment=served")
     sizes = ("prefill.kv_cache_bytes=1000000", "decode.kv_cache_bytes=1000000")
     flags = [part for setting in (*settings, *sizes) for part in ("--set", setting)]
     serving = Command(folder, SERVE, "serve", *flags)
