@@ -3,14 +3,16 @@
 import contextlib
 import signal
 import sys
+import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 from paceline.cluster.cli.clients import inference, translated
 from paceline.cluster.cli.output import out, print_json, print_note
 from paceline.cluster.cli.text import as_text, read_stdin
-from paceline.cluster.signals import Ended, raise_ended
+from paceline.cluster.signals import Ended, held, raise_ended
 from paceline.errors import ConfigError
 from paceline.v1 import inference_pb2
 from paceline.v1.inference_pb2_grpc import InferenceServiceStub
@@ -71,10 +73,15 @@ def stream(
     The request is cancelled when the caller stops early, as by Ctrl-C.
     """
     started = time.monotonic()
-    call = stub.Generate(request)
+    responses: SimpleQueue[inference_pb2.GenerateResponse | Exception | None] = SimpleQueue()
     with translated("the router"), contextlib.ExitStack() as cleanup:
-        cleanup.callback(call.cancel)
-        for response in call:
+        with held():
+            call = stub.Generate(request)
+            cleanup.callback(call.cancel)
+            threading.Thread(target=_read, args=(call, responses), daemon=True).start()
+        while (response := responses.get()) is not None:
+            if isinstance(response, Exception):
+                raise response
             if response.tokens and not answer.token_ids:
                 answer.first_token_s = time.monotonic() - started
             answer.token_ids.extend(token.token_id for token in response.tokens)
@@ -87,6 +94,19 @@ def stream(
             if response.text:
                 yield response.text
     answer.total_s = time.monotonic() - started
+
+
+def _read(
+    call: Iterable[inference_pb2.GenerateResponse],
+    responses: "SimpleQueue[inference_pb2.GenerateResponse | Exception | None]",
+) -> None:
+    """Read on a thread of its own: what a signal raises within gRPC can leave its locks held."""
+    try:
+        for response in call:
+            responses.put(response)
+        responses.put(None)
+    except Exception as error:
+        responses.put(error)
 
 
 def message(role: str, content: str) -> inference_pb2.ChatMessage:
