@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from typing import TypeAlias
 
 from paceline.cluster.cli.clients import inference, translated
 from paceline.cluster.cli.output import out, print_json, print_note
@@ -16,6 +17,10 @@ from paceline.cluster.signals import Ended, held, raise_ended
 from paceline.errors import ConfigError
 from paceline.v1 import inference_pb2
 from paceline.v1.inference_pb2_grpc import InferenceServiceStub
+
+SIGNAL_POLL_S = 0.2
+Response: TypeAlias = inference_pb2.GenerateResponse | Exception | None
+"""What the reading thread hands over; None is the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +78,13 @@ def stream(
     The request is cancelled when the caller stops early, as by Ctrl-C.
     """
     started = time.monotonic()
-    responses: SimpleQueue[inference_pb2.GenerateResponse | Exception | None] = SimpleQueue()
+    responses: SimpleQueue[Response] = SimpleQueue()
     with translated("the router"), contextlib.ExitStack() as cleanup:
         with held():
             call = stub.Generate(request)
             cleanup.callback(call.cancel)
             threading.Thread(target=_read, args=(call, responses), daemon=True).start()
-        while (response := responses.get()) is not None:
+        while (response := _next(responses)) is not None:
             if isinstance(response, Exception):
                 raise response
             if response.tokens and not answer.token_ids:
@@ -98,7 +103,7 @@ def stream(
 
 def _read(
     call: Iterable[inference_pb2.GenerateResponse],
-    responses: "SimpleQueue[inference_pb2.GenerateResponse | Exception | None]",
+    responses: "SimpleQueue[Response]",
 ) -> None:
     """Read on a thread of its own: what a signal raises within gRPC can leave its locks held."""
     try:
@@ -107,6 +112,13 @@ def _read(
         responses.put(None)
     except Exception as error:
         responses.put(error)
+
+
+def _next(responses: "SimpleQueue[Response]") -> Response:
+    """Wait for a response; look up now and then, for a signal that another thread was given."""
+    while True:
+        with contextlib.suppress(Empty):
+            return responses.get(timeout=SIGNAL_POLL_S)
 
 
 def message(role: str, content: str) -> inference_pb2.ChatMessage:
