@@ -28,7 +28,8 @@ def keep(deployment: str, ray_folder: Path) -> Path | None:
         kept.mkdir(mode=0o700, parents=True)
         for log in logs:
             _copy_end(log, kept / log.name)
-        for old in sorted(_folder().iterdir(), key=_changed_s)[:-MAX_STARTS]:
+        others = [folder for folder in _folder().iterdir() if folder != kept]
+        for old in sorted(others, key=_changed_s, reverse=True)[MAX_STARTS - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
         return kept
     return None
