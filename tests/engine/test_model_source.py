@@ -104,8 +104,9 @@ def test_error_of_a_conversion_arrives_and_leaves_no_folder(tmp_path: Path) -> N
 
 
 def test_cache_that_cannot_be_written_is_named_with_the_variable_to_set(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF")
+    tokenizer = byte_level()
+    model = make_model("LlamaForCausalLM", vocab_size=len(tokenizer["tokenizer.ggml.tokens"]))
+    path = write_model_gguf(tmp_path / "model.gguf", model, keys=tokenizer)
     (tmp_path / "cache").touch()
     with pytest.raises(ConfigError, match=r"cache/models.*Not a directory.*PACELINE_CACHE_DIR"):
         prepare(tmp_path / "cache" / "models", path=str(path))
