@@ -181,8 +181,8 @@ class PrefillCore:
             FirstToken(sample.choice, sample.token_id, sample.finish_reason, sample.logprobs)
             for sample in done.first_samples
         )
-        # Also when every choice has ended with its first token: whichever worker the router hears
-        # first, it hears the end, and its cancellation gives the lease back.
+        # Also when every choice has ended with its first token: the decode worker may report them
+        # first. The router cancels the attempt here, which gives the lease back.
         self._leases.publish(attempt.lease, Progress(done.num_tokens, first_tokens))
         self._scheduler.release(done.key)
         self.notify_changed(attempt.lease)

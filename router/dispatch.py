@@ -205,7 +205,9 @@ class Dispatcher:
             stream = streams.get(stream_id)
             if stream is not None:
                 stream.choice.end(reason)
-                self._drop_finished(stream, skip=worker_id)
+                # A prefill worker that reports an end holds the KV still, for its reader.
+                knows = worker_id == stream.attempt.decode_id
+                self._drop_finished(stream, skip=worker_id if knows else None)
                 touched[stream.request] = None
         for stream in ended:
             self._drop_finished(stream, skip=None)

@@ -53,6 +53,7 @@ VOCAB = 40
 LEASE_TTL_S = 5.0
 PROMISE_TTL_S = 20.0
 GARBAGE = np.uint64(0xDEAD)
+FAULTS = ("kv", "router", "read", "expire", "cancel", "beat", "beat", "absent", "refuse")
 
 
 class SimLoop:
@@ -164,9 +165,9 @@ class SimWorker:
 
 
 class SimPrefill(SimWorker):
-    def __init__(self, world: "World", worker_id: str, num_blocks: int) -> None:
+    def __init__(self, world: "World", worker_id: str, num_blocks: int, lease_ttl_s: float) -> None:
         super().__init__(world, worker_id, Role.PREFILL, num_blocks, 6)
-        self.leases = LeaseTable(self.allocator, LEASE_TTL_S)
+        self.leases = LeaseTable(self.allocator, lease_ttl_s)
         scheduler: PrefillScheduler[int] = PrefillScheduler(
             self.allocator,
             self.prefix_cache,
@@ -379,6 +380,7 @@ class RouterStream:
         self.to_router: Outgoing[Any] = Outgoing()
         self.is_broken = self.router_saw_end = self.worker_saw_end = False
         self.is_open = False
+        self.refuses_next = False
         worker.mailbox.post(self._open_at_worker)
 
     def _open_at_worker(self, now: float) -> None:
@@ -389,8 +391,15 @@ class RouterStream:
 
     def dispatch(self, work: Work, peer: Peer | None) -> None:
         def call(now: float) -> None:
-            self.worker.sessions.count_dispatch(self.number)
-            self.worker.core.dispatch(self.number, work, peer, now)
+            sessions = self.worker.sessions
+            sessions.count_dispatch(self.number)
+            if self.refuses_next:
+                self.refuses_next = False
+                sessions.send_admission(
+                    self.number, work.key, admitted=False, message="scripted", cached_tokens=0
+                )
+            else:
+                self.worker.core.dispatch(self.number, work, peer, now)
 
         self.to_worker.append(lambda: self.worker.mailbox.post(call))
 
@@ -447,7 +456,12 @@ class World:
     """Everything; implements the dispatcher's commands."""
 
     def __init__(
-        self, seed: int, num_blocks: int, local_prefill_tokens: int, max_tokens: int
+        self,
+        seed: int,
+        num_blocks: int,
+        local_prefill_tokens: int,
+        max_tokens: int,
+        lease_ttl_s: float,
     ) -> None:
         self.max_tokens = max_tokens
         self.random = random.Random(seed)
@@ -465,7 +479,8 @@ class World:
         self.requests: list[ActiveRequest] = []
         SimLink.world = self
         for number in range(2):
-            self._add(SimPrefill(self, f"prefill-{number}", num_blocks), self.prefills)
+            prefill = SimPrefill(self, f"prefill-{number}", num_blocks, lease_ttl_s)
+            self._add(prefill, self.prefills)
             decode = SimDecode(self, f"decode-{number}", num_blocks, local_prefill_tokens)
             self._add(decode, self.decodes)
 
@@ -545,10 +560,8 @@ class World:
 
     # Faults.
 
-    def fault(self) -> None:
-        kind = self.random.choice(
-            ("kv", "router", "read", "expire", "cancel", "beat", "beat", "absent")
-        )
+    def fault(self, kinds: Sequence[str]) -> None:
+        kind = self.random.choice(kinds)
         open_kv = [stream for stream in self.kv_streams if not stream.is_broken]
         if kind == "kv" and open_kv:
             self.random.choice(open_kv).is_broken = True
@@ -566,6 +579,8 @@ class World:
         elif kind == "cancel" and self.requests:
             request = self.random.choice(self.requests)
             self.dispatcher.fail(request, CancelledError("gone"), self.now)
+        elif kind == "refuse":
+            self.random.choice(list(self.streams.values())).refuses_next = True
         elif kind == "beat":
             self.beat()
         elif kind == "absent":
@@ -648,15 +663,17 @@ async def run_world(
     num_requests: int = 12,
     local_prefill_tokens: int = 0,
     max_tokens: int = 12,
+    lease_ttl_s: float = LEASE_TTL_S,
+    faults: Sequence[str] = FAULTS,
 ) -> World:
     monkeypatch.setattr(kv_reader, "OwnerLink", SimLink)
     monkeypatch.setattr(kv_owner, "time", _Clock(lambda: SimLink.world.now))
-    world = World(seed, num_blocks, local_prefill_tokens, max_tokens)
+    world = World(seed, num_blocks, local_prefill_tokens, max_tokens, lease_ttl_s)
     for number in range(num_steps):
         if number % (num_steps // num_requests) == 0:
             world.submit(number)
         if world.random.random() < fault_share:
-            world.fault()
+            world.fault(faults)
         if number % 20 == 0:
             world.pass_time(0.1)
         world.step()
@@ -683,6 +700,24 @@ async def test_no_fault_in_any_order_gives_a_wrong_token_or_leaves_anything_behi
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await run_world(seed, num_blocks=40, fault_share=0.03, num_steps=3000, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_whoever_ends_a_request_tells_all_who_hold_something_for_it(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No lease expires here, so that what nobody gives back stays and is found."""
+    await run_world(
+        seed,
+        num_blocks=40,
+        fault_share=0.1,
+        num_steps=1000,
+        monkeypatch=monkeypatch,
+        num_requests=25,
+        max_tokens=1,
+        lease_ttl_s=1e9,
+        faults=("refuse", "cancel"),
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))

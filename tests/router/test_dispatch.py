@@ -72,7 +72,27 @@ def test_first_token_that_is_the_last_one_frees_the_decode_worker() -> None:
         cluster.workers["prefill-0"].outbox.popleft()(0.0)
     assert_complete(request)
     cluster.run(0.0, 2)
-    assert not cluster.workers["decode-0"].held
+    assert_nothing_left(cluster)
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_prefill_worker_frees_a_request_that_ended_there_and_that_decode_refused(
+    num_choices: int,
+) -> None:
+    """The decode worker has nothing to give back, so only the router can say that it is over."""
+    cluster = make_cluster()
+    prefill, decode = cluster.workers["prefill-0"], cluster.workers["decode-0"]
+    decode.refuses = True
+    request = make_active_request(n=num_choices, max_tokens=1)
+    cluster.dispatcher.submit(request, 0.0)
+    prefill.inbox.popleft()()
+    prefill.step()
+    while prefill.outbox:
+        prefill.outbox.popleft()(0.0)
+    assert_complete(request)
+    assert prefill.held
+    cluster.run(0.0, 2)
+    assert_nothing_left(cluster)
 
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])

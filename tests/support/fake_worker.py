@@ -286,9 +286,6 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         for sequence in running.sequences:
             firsts[sequence.choice] = self._emit(sequence, columns)
         self._fabric.first_tokens[key] = firsts
-        finished = {stream_id for stream_id, _ in columns.finished}
-        if all(sequence.stream_id in finished for sequence in running.sequences):
-            del self.running[key]  # nobody will read its KV
 
     def _decode(self, key: AttemptKey, running: _Running, columns: "_Columns") -> None:
         if running.needs_source:

@@ -29,11 +29,6 @@ class _Held:
     has_source: bool
     outputs: dict[int, list[int]]
 
-    @property
-    def is_complete(self) -> bool:
-        limit = self.work.sampling.max_tokens
-        return all(len(output) == limit for output in self.outputs.values())
-
 
 @dataclass
 class SimulatedWorker:
@@ -85,6 +80,8 @@ class SimulatedWorker:
             return
         for choice in choices or tuple(held.outputs):
             held.outputs.pop(choice, None)
+        if held.has_source and not held.outputs:
+            self.cluster.over.add(key)  # its reader gives the lease back
         self._forget_empty(key)
 
     def step(self) -> None:
@@ -93,18 +90,16 @@ class SimulatedWorker:
         for key, held in list(self.held.items()):
             if self.member.role is Role.PREFILL:
                 if key in self.cluster.first_tokens:
-                    if key in self.cluster.confirmed:
+                    if key in self.cluster.over:
                         del self.held[key]
                     continue
                 self._emit(held, rows, finished)
                 self.cluster.first_tokens.add(key)
-                if held.is_complete:
-                    del self.held[key]  # nobody will read its KV
             else:
                 if held.has_source and key not in self.cluster.first_tokens:
                     continue
                 if held.has_source:
-                    self.cluster.confirmed.add(key)
+                    self.cluster.over.add(key)
                 self._emit(held, rows, finished)
                 self._forget_empty(key)
         if rows:
@@ -174,7 +169,8 @@ class SimulatedCluster:
         self.dispatcher = Dispatcher(settings or RouterSettings(), self)
         self.workers: dict[str, SimulatedWorker] = {}
         self.first_tokens: set[AttemptKey] = set()
-        self.confirmed: set[AttemptKey] = set()
+        self.over: set[AttemptKey] = set()
+        """Attempts whose lease the reader has confirmed or given back."""
         self.sent: list[tuple[str, Work]] = []
         self.cancels: list[tuple[str, AttemptKey, tuple[int, ...]]] = []
         self._incarnations = 0
