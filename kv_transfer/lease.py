@@ -19,7 +19,7 @@ seconds of one monotonic clock.
 import secrets
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -101,12 +101,12 @@ class Lease:
         "_state",
         "choices",
         "ended_s",
-        "granted_s",
         "key",
         "lease_id",
         "progress",
         "reader",
         "reason",
+        "renewed_s",
     )
 
     def __init__(
@@ -123,7 +123,8 @@ class Lease:
         """Worker id and incarnation of the reader: another incarnation is another reader."""
         self.choices = choices
         """None: all choices of the request."""
-        self.granted_s = granted_s
+        self.renewed_s = granted_s
+        """When its reader named it last; at first, when it was granted."""
         self.ended_s: float | None = None
         """When it was decided; None while ALIVE."""
         self.reason = ""
@@ -174,7 +175,7 @@ class LeaseTable:
         outcome_retention_s: float = 60.0,
         new_id: Callable[[], int] = lambda: secrets.randbits(64),
     ) -> None:
-        """ttl_s: seconds that a lease lives after its grant or its reader's last renewal.
+        """ttl_s: seconds that a lease lives after its grant or its last renewal.
 
         outcome_retention_s: how long `confirm` remembers a decision; afterwards the answer is LOST.
         new_id: gives random numbers of 64 bits; one that is in use is drawn again.
@@ -200,8 +201,6 @@ class LeaseTable:
         """From the io thread to `settle`."""
         self._outcomes: deque[Lease] = deque()
         """Decided leases without pins, oldest first."""
-        self._renewed_s: dict[str, float] = {}
-        """By reader. Written under the lock."""
         self._no_expiry_before_s = float("inf")
 
     @property
@@ -292,13 +291,6 @@ class LeaseTable:
         expired = self._revoke_where(
             lambda lease: self._expires_s(lease) <= now, f"not renewed for {self._ttl_s} s", now
         )
-        with self._lock:
-            # A stamp this old has no effect on any lease: later ones live from their grant.
-            stale = [
-                r for r, renewed_s in self._renewed_s.items() if renewed_s + self._ttl_s <= now
-            ]
-            for reader in stale:
-                del self._renewed_s[reader]
         self._no_expiry_before_s = min(
             map(self._expires_s, self._leases_with_pins()), default=float("inf")
         )
@@ -367,10 +359,17 @@ class LeaseTable:
                 self._held.append(lease)
             return lease._state is LeaseState.HELD
 
-    def renew(self, reader: str, now: float) -> None:
-        """Let all leases of a reader live on, for its session's heartbeat has arrived."""
+    def renew(self, reader: str, now: float, lease_ids: Iterable[int] = ()) -> None:
+        """Let the leases live on that their reader still wants; those of others stay as they are.
+
+        Whatever a reader does not name expires, so that a forgotten lease is not kept by the
+        reader's heartbeats.
+        """
         with self._lock:
-            self._renewed_s[reader] = max(now, self._renewed_s.get(reader, now))
+            for lease_id in lease_ids:
+                lease = self._by_id.get(lease_id)
+                if lease is not None and lease.reader == reader:
+                    lease.renewed_s = max(now, lease.renewed_s)
 
     def find(self, key: AttemptKey) -> Lease | None:
         """Find the last lease of an attempt, decided or not. Callable on any thread."""
@@ -414,9 +413,7 @@ class LeaseTable:
         return [lease for of_request in self._undecided.values() for lease in of_request]
 
     def _expires_s(self, lease: Lease) -> float:
-        return (
-            max(lease.granted_s, self._renewed_s.get(lease.reader, lease.granted_s)) + self._ttl_s
-        )
+        return lease.renewed_s + self._ttl_s
 
     def _forget_outcomes(self, now: float) -> None:
         while self._outcomes:

@@ -34,8 +34,8 @@ class KvSettings(BaseModel):
     lease_ttl_s: float = Field(
         default=5.0,
         gt=0,
-        description="Seconds after which an owner may take back leased blocks whose reader has not "
-        "renewed them: long enough for a stall, short enough not to strand memory.",
+        description="Seconds after which an owner may take back leased blocks that their reader "
+        "has not renewed by name: long enough for a stall, short enough not to strand memory.",
     )
     heartbeat_s: float = Field(
         default=1.0,

@@ -146,15 +146,16 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
         self, session: _ReaderSession, peer: OwnerPeer, request: kv_pb2.ReadLeasesRequest
     ) -> None:
         now = time.monotonic()
-        # Any sign of life renews: a busy session must not need heartbeats as well.
-        self._leases.renew(session.reader, now)
         kind = request.WhichOneof("message")
         if kind == "subscribe":
             key = AttemptKey(request.subscribe.request_id, request.subscribe.attempt)
             session.subscriptions[key] = _Subscription()
             lease = self._leases.find(key)
             if lease is not None:
+                self._leases.renew(session.reader, now, (lease.lease_id,))
                 self._forward(session, lease)
+        elif kind == "heartbeat":
+            self._leases.renew(session.reader, now, request.heartbeat.lease_ids)
         elif kind == "confirm":
             self._failpoints.hit("confirm_received")
             lease_id = request.confirm.lease_id

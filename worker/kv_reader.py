@@ -167,6 +167,12 @@ class OwnerLink:
         found.abandon()
         self._forget_if_quiet(found)
 
+    def send_heartbeat(self) -> None:
+        """Renew the leases of the imports that go on, and of no others."""
+        wanted = (i.lease_id for i in self._imports.values() if not i.has_ended)
+        heartbeat = kv_pb2.Heartbeat(lease_ids=[i for i in wanted if i is not None])
+        self._outgoing.send(kv_pb2.ReadLeasesRequest(heartbeat=heartbeat))
+
     def fail(self, reason: str) -> None:
         """End the link: every import that is not confirmed is lost."""
         if self.is_closed:
@@ -236,7 +242,7 @@ class OwnerLink:
     async def _send_heartbeats(self) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            self._outgoing.send(kv_pb2.ReadLeasesRequest(heartbeat=kv_pb2.Heartbeat()))
+            self.send_heartbeat()
 
     def _take(self, response: kv_pb2.ReadLeasesResponse) -> None:
         kind = response.WhichOneof("message")
@@ -310,9 +316,7 @@ class OwnerLink:
             self._forget_if_quiet(found)
 
     def _release(self, found: KvImport) -> None:
-        """Give the lease back. Else the session's heartbeats would keep it for as long as it lasts,
-        since they renew whatever this reader has.
-        """
+        """Give the lease back at once, instead of letting it expire."""
         key = found.key
         release = kv_pb2.Release(request_id=key.request_id, attempt=key.attempt)
         self._outgoing.send(kv_pb2.ReadLeasesRequest(release=release))

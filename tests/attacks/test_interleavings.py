@@ -555,8 +555,7 @@ class World:
         """Send the readers' heartbeats."""
         for stream in self.kv_streams:
             if not stream.link.is_closed:
-                heartbeat = kv_pb2.ReadLeasesRequest(heartbeat=kv_pb2.Heartbeat())
-                stream.link._outgoing.send(heartbeat)
+                stream.link.send_heartbeat()
 
     # Faults.
 

@@ -196,24 +196,27 @@ def test_unrenewed_lease_expires_after_its_time() -> None:
     owner.check()
 
 
-def test_renewal_keeps_all_leases_of_its_reader_and_no_other() -> None:
+def test_renewal_keeps_the_leases_that_it_names_and_no_other() -> None:
     owner = Owner(ttl_s=5.0)
-    mine = [owner.alive(AttemptKey(f"r{number}", 1)) for number in range(3)]
-    other = owner.alive(AttemptKey("r9", 1), reader="decode-1.3")
-    owner.table.renew(READER, 4.0)
-    assert owner.table.expire(8.9) == [other]
-    owner.table.renew(READER, 3.0)  # a renewal that comes late shortens nothing
+    named = [owner.alive(AttemptKey(f"r{number}", 1)) for number in range(3)]
+    forgotten = owner.alive(AttemptKey("r8", 1))
+    of_another = owner.alive(AttemptKey("r9", 1), reader="decode-1.3")
+    wanted = [lease.lease_id for lease in (*named, of_another)]
+    owner.table.renew(READER, 4.0, [*wanted, 12345])
+    assert owner.table.expire(8.9) == [forgotten, of_another]
+    owner.table.renew(READER, 3.0, wanted)  # a renewal that comes late shortens nothing
     assert owner.table.expire(8.95) == []
-    assert owner.table.expire(9.0) == mine
+    assert owner.table.expire(9.0) == named
 
 
-def test_old_renewal_does_not_shorten_a_later_lease() -> None:
+def test_renewal_after_the_decision_changes_nothing() -> None:
     owner = Owner(ttl_s=5.0)
-    owner.table.renew(READER, 0.0)
-    lease = owner.alive(now=8.0)
-    assert owner.table.expire(12.9) == []
-    assert owner.table.expire(13.0) == [lease]
-    assert owner.table._renewed_s == {}
+    lease = owner.alive()
+    assert owner.table.expire(5.0) == [lease]
+    owner.table.renew(READER, 5.0, [lease.lease_id])
+    assert lease.state is LeaseState.REVOKED
+    assert not owner.table.confirm(lease.lease_id, READER, 5.0)
+    owner.check()
 
 
 def test_clock_never_decides_that_a_read_was_invalid() -> None:

@@ -19,7 +19,7 @@ The second half runs the same machine on code with seeded bugs, and demands that
 import hashlib
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import ClassVar
@@ -99,6 +99,10 @@ class Import:
     """Of the first running read."""
     verdict: bool | None = None
     verdict_s: float = 0.0
+    is_wanted: bool = True
+    """Whether its reader's heartbeats name it."""
+    named_s: float = 0.0
+    """When it was granted, or named last."""
 
 
 def is_behind(attempt: Import) -> bool:
@@ -307,7 +311,9 @@ class BlocksAndLeases(RuleBasedStateMachine):
         plan = self.plan_type(BLOCK_TOKENS, num_tokens, range(num_blocks))
         memory = np.full((num_blocks, BLOCK_TOKENS), 7, dtype=np.uint64)
         expected = context.expected(num_tokens)
-        self.imports.append(Import(reader, lease, self.incarnation, expected, plan, memory))
+        started = Import(reader, lease, self.incarnation, expected, plan, memory)
+        started.named_s = self.now
+        self.imports.append(started)
         if is_served_at_once and self.write(context, num_tokens):
             self.extend_and_publish_up_to(context, num_blocks)
 
@@ -330,13 +336,17 @@ class BlocksAndLeases(RuleBasedStateMachine):
         is_complete = num_tokens == context.num_leased_tokens
         self.table.publish(lease, Progress(num_tokens, FIRST_TOKENS if is_complete else None))
 
-    @rule(seconds=st.sampled_from([0.5, 2.0, 6.0, 61.0]), runs_io_inside=st.booleans())
+    @rule(seconds=st.sampled_from([0.5, 2.0, 4.0, 6.0, 61.0]), runs_io_inside=st.booleans())
     def expire(self, seconds: float, runs_io_inside: bool) -> None:
         self.now += seconds
         self.runs_io_inside = runs_io_inside
         for lease in self.table.expire(self.now):
             assert lease.state is LeaseState.REVOKED
         self.runs_io_inside = False
+        for attempt in self.imports:
+            if attempt.incarnation == self.incarnation and attempt.named_s + TTL_S <= self.now:
+                state = attempt.lease.state
+                assert state is not LeaseState.ALIVE, "a lease lives that nobody has renewed"
 
     @rule(runs_io_inside=st.booleans())
     def settle(self, runs_io_inside: bool) -> None:
@@ -390,9 +400,17 @@ class BlocksAndLeases(RuleBasedStateMachine):
             found = attempt.memory.reshape(-1)[: len(attempt.expected)].tolist()
             assert found == attempt.expected, "HELD, but the reader has wrong bytes"
 
-    @rule(which=st.integers(0, 1))
-    def renew(self, which: int) -> None:
-        self.table.renew(f"decode-{which}.{self.reader_incarnations[which]}", self.now)
+    @rule(which=st.integers(0, 1), has_forgotten=st.booleans())
+    def renew(self, which: int, has_forgotten: bool) -> None:
+        """A heartbeat names the imports that the reader still wants."""
+        reader = f"decode-{which}.{self.reader_incarnations[which]}"
+        mine = [attempt for attempt in self.imports if attempt.reader == reader]
+        for attempt in mine:
+            attempt.is_wanted &= not has_forgotten
+        named = [attempt for attempt in mine if attempt.is_wanted]
+        for attempt in named:
+            attempt.named_s = self.now
+        self.table.renew(reader, self.now, [attempt.lease.lease_id for attempt in named])
 
     # The readers.
 
@@ -543,6 +561,14 @@ class ChecksThenActs(LeaseTable):
         return True
 
 
+class RenewsWhatNobodyNamed(LeaseTable):
+    """Takes a reader's heartbeat for a renewal of all its leases."""
+
+    def renew(self, reader: str, now: float, lease_ids: Iterable[int] = ()) -> None:
+        mine = [lease.lease_id for lease in self._leases_with_pins() if lease.reader == reader]
+        super().renew(reader, now, mine)
+
+
 class ForgetsPins(BlockAllocator):
     """Frees a block with its last reference."""
 
@@ -586,6 +612,8 @@ CRASHES = ("crash_owner", "crash_reader", "change_weights")
 ENDS = ("revoke", "expire")
 SEQUENCES = ("fork", "grow")
 LEASES = ("grant", "settle", "renew", *ENDS)
+READS = ("compute_chunk", "extend_and_publish", "update_arrives", "copy_half_blocks")
+DECISIONS = ("revoke", "settle", "end", "confirmation_arrives", "confirm_again")
 COUNTS = (
     "references_and_pins_are_those_of_sequences_and_leases",
     "everything_adds_up_and_nothing_final_was_written",
@@ -600,6 +628,12 @@ BUGS = {
     "check, then act": (
         machine(*CRASHES, *SEQUENCES, table_type=ChecksThenActs),
         "a decision changed|dropped once, after the decision",
+    ),
+    "forgotten leases renewed": (
+        machine(
+            *CRASHES, *SEQUENCES, *COUNTS, *READS, *DECISIONS, table_type=RenewsWhatNobodyNamed
+        ),
+        "a lease lives that nobody has renewed",
     ),
     "lease ids start anew": (
         machine("crash_reader", *ENDS, *SEQUENCES, ids_start_anew=True),

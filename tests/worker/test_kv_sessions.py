@@ -171,14 +171,15 @@ async def test_a_lease_revoked_before_the_confirmation_is_lost() -> None:
         assert "cancelled for the test" in pair.heard.reason
 
 
-async def test_heartbeats_keep_a_lease_alive_that_nobody_extends() -> None:
+async def test_heartbeats_keep_the_lease_of_an_import_and_none_that_the_reader_forgot() -> None:
+    """A lease that nobody subscribed to is one whose dispatch the reader has refused."""
     pair = Pair()
     async with pair.run() as reader:
-        reader.connect(pair.peer)
-        lease = pair.grant(1)
-        began = time.monotonic()
-        await pair.until(lambda: pair.leases._renewed_s.get(READER.name, 0.0) > began + 0.2)
-        assert pair.leases.expire(lease.granted_s + 5.1) == []
+        lease = await pair.import_half(reader)
+        forgotten = pair.leases.grant(AttemptKey("forgotten", 1), READER.name, lease.renewed_s)
+        began_s = time.monotonic()
+        await pair.until(lambda: lease.renewed_s > began_s + 0.2)
+        assert pair.leases.expire(began_s + 5.1) == [forgotten]
 
 
 async def test_an_abandoned_import_is_released_at_its_owner() -> None:
@@ -192,7 +193,6 @@ async def test_an_abandoned_import_is_released_at_its_owner() -> None:
 
 
 async def test_an_import_whose_read_failed_is_released_at_its_owner() -> None:
-    """Otherwise the reader's heartbeats would renew the lease for ever."""
     pair = Pair()
     async with pair.run() as reader:
         lease = pair.grant(2)

@@ -49,7 +49,7 @@ class ReadLeasesRequest(_message.Message):
 
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat:
-        """Renews all leases of this reader."""
+        """Renews the leases that it names."""
 
     @_builtins.property
     def transport(self) -> Global___TransportMessage:
@@ -415,16 +415,23 @@ Global___Revoked: _TypeAlias = Revoked  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
-    """Keeps the session and its leases alive."""
+    """Keeps the session alive, and the leases that the reader still wants. Others expire."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    LEASE_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Leases of unfinished imports, as far as the reader knows them."""
+
     def __init__(
         self,
+        *,
+        lease_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ids", b"lease_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
