@@ -8,6 +8,7 @@ from paceline.errors import PacelineError
 from paceline.request import AttemptKey, PhaseTimes, Span
 from paceline.router.attempt import Attempt
 from paceline.router.journal import RequestJournal
+from paceline.router.setbacks import Setbacks
 
 
 def _nobody() -> None:
@@ -20,6 +21,7 @@ class WaitingWork:
 
     request: "ActiveRequest"
     choices: tuple[int, ...]
+    setbacks: Setbacks = field(default_factory=Setbacks)
     preempted: bool = False
     is_resumption: bool = False
     """Whether its dispatch counts as going on elsewhere: it ran before and was not merely
@@ -51,10 +53,6 @@ class ActiveRequest:
     """Number of the attempt that gives, or gave, the first token."""
     prompt_computed_s: float | None = field(default=None, init=False)
     """How long that attempt's worker computed the prompt; None: it has not said so."""
-    num_setbacks: int = field(default=0, init=False)
-    """Times that work came back since the last attempt that reached decode."""
-    internal_failures: set[AttemptKey] = field(default_factory=set, init=False)
-    """Attempts that a worker gave back because of an internal error."""
     deaths: set[tuple[str, int]] = field(default_factory=set, init=False)
     """(worker_id, incarnation) of workers that died with its work."""
     num_resumed: int = field(default=0, init=False)
@@ -87,6 +85,12 @@ class ActiveRequest:
         if chunks and attempt == self.prompt_attempt:
             start_s = min(chunk.start_s for chunk in chunks)
             self.prompt_computed_s = max(chunk.end_s for chunk in chunks) - start_s
+
+    @property
+    def last_setback(self) -> str:
+        """Why a part of it has had no new token yet; empty where nothing went wrong."""
+        parts = (*self.waiting, *self.attempts.values())
+        return next((part.setbacks.last for part in parts if part.setbacks.last), "")
 
     def phase_times(self) -> PhaseTimes:
         """Say where its time went, as far as it has come.

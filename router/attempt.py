@@ -5,6 +5,7 @@ from enum import Enum, auto
 
 from paceline.errors import IntegrityError
 from paceline.request import AttemptKey
+from paceline.router.setbacks import Setbacks
 
 
 class AttemptState(Enum):
@@ -54,6 +55,14 @@ class Attempt:
     streams: dict[int, int]
     """choice -> stream id, of choices that still run"""
     state: AttemptState = field(default=AttemptState.SENT)
+    sent_s: float = 0.0
+    first_own_index: int = 0
+    """Output index of the first token that the decode worker computes itself. Before it comes only
+    the prefill worker's token, repeated."""
+    setbacks: Setbacks = field(default_factory=Setbacks)
+    """Since the last new token of a decode worker."""
+    has_own_token: bool = False
+    """Whether the decode worker has given a token of its own."""
 
     def move(self, event: AttemptEvent) -> None:
         """Change the state; raises IntegrityError for a move that is not in the table."""
@@ -64,6 +73,13 @@ class Attempt:
                 f"cannot take the event {event.name}"
             )
         self.state = state
+
+    @property
+    def route(self) -> tuple[str, ...]:
+        """The workers that it was sent to."""
+        if self.prefill_id is None:
+            return (self.decode_id,)
+        return (self.prefill_id, self.decode_id)
 
     def workers(self) -> tuple[str, ...]:
         """Workers without which the attempt cannot go on."""

@@ -27,6 +27,8 @@ from paceline.router.request_size import (
     too_large,
     too_large_to_go_on,
 )
+from paceline.router.route_health import RouteHealth
+from paceline.router.setbacks import Setbacks
 from paceline.router.settings import RouterSettings
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ class Dispatcher:
     def __init__(self, settings: RouterSettings, commands: WorkerCommands) -> None:
         self._settings = settings
         self._commands = commands
-        self.placement = Placement()
+        self.placement = Placement(RouteHealth(settings.first_rest_s, settings.max_rest_s))
         self.queue: WaitingQueue[WaitingWork] = WaitingQueue(settings.max_queue_requests)
         self.requests: dict[str, ActiveRequest] = {}
         """Not yet ended, by wire_id."""
@@ -106,9 +108,10 @@ class Dispatcher:
             if request.first_dispatch_s is not None
             else "it was still waiting for a worker"
         )
+        setback = f"; {request.last_setback}" if request.last_setback else ""
         message = (
             f"{now - request.arrived_s:.3f} s have passed and {where} (queue {times.queue_s:.3f} "
-            f"s); the limit was {limit}. Allow more time, lower max_tokens, or add workers"
+            f"s){setback}; the limit was {limit}. Allow more time, lower max_tokens, or add workers"
         )
         self.fail(request, DeadlineExceededError(message), now)
 
@@ -137,7 +140,7 @@ class Dispatcher:
                 continue
             choices = tuple(attempt.streams)
             self._drop(request, attempt, choices, skip=worker_id)
-            self._put_back(request, choices, not_before_s=now)
+            self._put_back(request, attempt, choices, not_before_s=now)
         self.dispatch(now)
 
     def load_changed(self, worker_id: str, load: WorkerLoad, now: float) -> None:
@@ -173,6 +176,7 @@ class Dispatcher:
             )
             self.dispatch(now)
             return
+        self.placement.routes.admitted(worker_id)
         if worker_id == attempt.decode_id:
             attempt.move(AttemptEvent.ADMISSION)
         computes_prompt = worker_id == (attempt.prefill_id or attempt.decode_id)
@@ -194,9 +198,8 @@ class Dispatcher:
             if stream is None:
                 continue
             request, attempt, choice = stream
-            if worker_id == attempt.decode_id and attempt.state is not AttemptState.DECODING:
-                attempt.move(AttemptEvent.DECODE_TOKEN)
-                request.num_setbacks = 0
+            if not attempt.has_own_token and worker_id == attempt.decode_id:
+                self._decode_token(attempt, index)
             extra = None if logprobs is None else logprobs.get(position)
             if choice.add(index, token_id, extra):
                 ended.append(stream)
@@ -253,6 +256,7 @@ class Dispatcher:
     def dispatch(self, now: float) -> None:
         """Send waiting work as far as the workers have room, in the order of the queue."""
         pools = self.placement.pools
+        self.placement.routes.wake(now)
         while (work := self.queue.head(now)) is not None:
             request = work.request
             need = need_of(work, pools)
@@ -301,7 +305,16 @@ class Dispatcher:
         key = AttemptKey(name, request.num_attempts)
         streams = {choice: self._new_stream_id() for choice in work.choices}
         prefill_id = None if pair.prefill is None else pair.prefill.worker_id
-        attempt = Attempt(key, prefill_id, pair.decode.worker_id, streams)
+        num_output = len(journal.choices[work.choices[0]].output)
+        attempt = Attempt(
+            key,
+            prefill_id,
+            pair.decode.worker_id,
+            streams,
+            sent_s=now,
+            first_own_index=num_output + (prefill_id is not None),
+            setbacks=work.setbacks,
+        )
         request.attempts[key] = attempt
         self._attempts[key] = (request, attempt)
         for choice, stream_id in streams.items():
@@ -330,7 +343,6 @@ class Dispatcher:
         message: str,
         now: float,
     ) -> None:
-        request.num_setbacks += 1
         level = logging.WARNING if reason is FailureReason.INTERNAL else logging.DEBUG
         logger.log(
             level,
@@ -341,22 +353,41 @@ class Dispatcher:
             reason.name,
             message,
         )
-        if reason is FailureReason.INTERNAL:
-            request.internal_failures.add(attempt.key)
-            if len(request.internal_failures) >= self._settings.max_internal_failures:
-                error = RequestFailedError(
-                    f"{len(request.internal_failures)} attempts ended with an internal error of a "
-                    f"worker, the last on {worker_id}: {message}; router.max_internal_failures is "
-                    f"{self._settings.max_internal_failures}"
-                )
-                self._fail(request, error, now)
-                return
+        self._blame(attempt, worker_id, reason, now)
+        attempt.setbacks = attempt.setbacks.after(worker_id, reason, message)
+        why = attempt.setbacks.why_too_many(self._settings)
+        if why is not None:
+            self._fail(request, RequestFailedError(why), now)
+            return
         self._drop(request, attempt, choices, skip=worker_id)
-        self._put_back(request, choices, not_before_s=now + self._backoff_s(request), reason=reason)
+        wait_s = self._backoff_s(attempt.setbacks)
+        self._put_back(request, attempt, choices, not_before_s=now + wait_s, reason=reason)
+
+    def _blame(self, attempt: Attempt, worker_id: str, reason: FailureReason, now: float) -> None:
+        """Remember who gave work back, so that the next goes elsewhere."""
+        routes = self.placement.routes
+        if reason in (FailureReason.REFUSED, FailureReason.INTERNAL):
+            is_refusal = reason is FailureReason.REFUSED
+            routes.failed((worker_id,), attempt.sent_s, now, is_refusal=is_refusal)
+        elif reason in (FailureReason.LEASE_LOST, FailureReason.PROMISE_EXPIRED):
+            routes.failed(attempt.route, attempt.sent_s, now)
+
+    def _decode_token(self, attempt: Attempt, index: int) -> None:
+        """Note a token of the decode worker, until one is its own."""
+        routes = self.placement.routes
+        if attempt.state is not AttemptState.DECODING:
+            attempt.move(AttemptEvent.DECODE_TOKEN)
+            routes.worked(attempt.route)
+        if index >= attempt.first_own_index:
+            attempt.has_own_token = True
+            attempt.setbacks = Setbacks()
+            for worker_id in attempt.route:
+                routes.worked((worker_id,))
 
     def _put_back(
         self,
         request: ActiveRequest,
+        attempt: Attempt,
         choices: tuple[int, ...],
         *,
         not_before_s: float,
@@ -370,6 +401,7 @@ class Dispatcher:
             work = WaitingWork(
                 request,
                 group,
+                attempt.setbacks,
                 preempted=reason is FailureReason.PREEMPTED,
                 is_resumption=reason is not FailureReason.REFUSED,
             )
@@ -392,6 +424,7 @@ class Dispatcher:
         is_over = not attempt.streams
         if is_over:
             attempt.move(AttemptEvent.LAST_CHOICE_GONE)
+            self.placement.routes.ended(attempt.prefill_id, attempt.decode_id)
             del request.attempts[attempt.key]
             del self._attempts[attempt.key]
         for worker_id in workers:
@@ -408,8 +441,8 @@ class Dispatcher:
         del self.requests[request.wire_id]
         request.listener()
 
-    def _backoff_s(self, request: ActiveRequest) -> float:
-        doublings = min(request.num_setbacks - 1, 16)
+    def _backoff_s(self, setbacks: Setbacks) -> float:
+        doublings = min(max(setbacks.num_given_back - 1, 0), 16)
         wait_s = self._settings.retry_backoff_s * 2.0**doublings
         return min(wait_s, self._settings.max_retry_backoff_s)
 

@@ -4,11 +4,13 @@ A worker's credit is what its last Load says minus the dispatches that it had no
 """
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
 from paceline.router.capacity import UNLIMITED_LOCAL_PREFILL, KnownPools, Need, WorkerPool
+from paceline.router.route_health import RouteHealth
 
 
 class Role(Enum):
@@ -104,13 +106,33 @@ class Pair(NamedTuple):
     prefill: WorkerView | None
     decode: WorkerView
 
+    @property
+    def ids(self) -> tuple[str | None, str]:
+        return None if self.prefill is None else self.prefill.worker_id, self.decode.worker_id
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether the decode worker would compute a prompt that it leaves to prefill workers."""
+        local = self.decode.pool.local_prefill_tokens
+        return self.prefill is None and local == UNLIMITED_LOCAL_PREFILL
+
+    def can_take(self, need: Need) -> bool:
+        """Whether both have room for work now."""
+        prefill, decode = self
+        if not decode.can_take(_decode_blocks(need, decode.pool), need.num_choices):
+            return False
+        if prefill is None:
+            return True
+        return prefill.can_take(need.prefill_blocks(prefill.pool.block_tokens), need.num_choices)
+
 
 class Placement:
     """The connected workers, and the choice among them."""
 
-    def __init__(self) -> None:
+    def __init__(self, routes: RouteHealth | None = None) -> None:
         self.workers: dict[str, WorkerView] = {}
         self.pools = KnownPools()
+        self.routes = routes or RouteHealth()
 
     def add(self, worker: WorkerView) -> None:
         self.workers[worker.worker_id] = worker
@@ -121,6 +143,7 @@ class Placement:
     def remove(self, worker_id: str) -> WorkerView | None:
         """Take a worker out; one that was draining is not expected to come back."""
         worker = self.workers.pop(worker_id, None)
+        self.routes.forget(worker_id)
         if worker is not None and worker.load.draining:
             self.pools.forget(worker_id)
         return worker
@@ -139,6 +162,8 @@ class Placement:
 
     def find(self, need: Need) -> Pair | None:
         """Pick the workers for work, or None when none have room now."""
+        if self.routes.has_failures:
+            return self._find_around_failures(need)
         decoders = [
             worker
             for worker in self.of_role(Role.DECODE)
@@ -161,8 +186,38 @@ class Placement:
         prefill = min(able, key=lambda worker: (worker.num_pending_tokens, -worker.credit_blocks))
         return Pair(prefill, max(decoders, key=_room))
 
+    def _find_around_failures(self, need: Need) -> Pair | None:
+        """Pick a pair that does not rest; wait for its room rather than take one that does.
+
+        Decode workers that leave prompts to others compute them when every other way rests, and
+        only without any other way is a resting pair used.
+        """
+        every = list(self._pairs(need))
+        healthy = [pair for pair in every if not self.routes.is_resting(*pair.ids)]
+        usual = [pair for pair in healthy if not pair.is_fallback]
+        if healthy:
+            return min(_with_room(usual or healthy, need), key=_cost, default=None)
+        return min(
+            _with_room(every, need),
+            key=lambda pair: (self.routes.num_failures(*pair.ids), _cost(pair)),
+            default=None,
+        )
+
+    def _pairs(self, need: Need) -> Iterator[Pair]:
+        """Every way to run work on workers that take any, those without room included."""
+        prefillers = [w for w in self.of_role(Role.PREFILL) if not w.load.draining]
+        for decode in self.of_role(Role.DECODE):
+            if decode.load.draining or not decode.pool.could_decode(need):
+                continue
+            if decode.pool.computes_alone(need):
+                yield Pair(None, decode)
+            for prefill in prefillers:
+                if prefill.pool.could_prefill(need):
+                    yield Pair(prefill, decode)
+
     def dispatch(self, pair: Pair, need: Need) -> None:
         """Count work that is sent to the pair now against their credit."""
+        self.routes.sent(*pair.ids)
         decode = pair.decode
         pending = need.num_tokens if pair.prefill is None else 0
         decode.dispatch(_decode_blocks(need, decode.pool), need.num_choices, pending)
@@ -186,6 +241,22 @@ def _computes_alone(worker: WorkerView, need: Need, prefillers: list[WorkerView]
             for prefiller in prefillers
         )
     return worker.pool.computes_alone(need)
+
+
+def _with_room(pairs: list[Pair], need: Need) -> Iterator[Pair]:
+    return (pair for pair in pairs if pair.can_take(need))
+
+
+def _cost(pair: Pair) -> tuple[bool, int, int, int, int]:
+    """Order pairs with room as `find` does: the least comes first."""
+    prefill, decode = pair
+    return (
+        prefill is not None,
+        0 if prefill is None else prefill.num_pending_tokens,
+        0 if prefill is None else -prefill.credit_blocks,
+        -decode.credit_blocks,
+        decode.load.num_running,
+    )
 
 
 def _room(worker: WorkerView) -> tuple[int, int]:

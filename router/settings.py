@@ -47,7 +47,22 @@ class RouterSettings(BaseModel):
         default=2,
         ge=1,
         description="A request that workers have given back this often because of an internal "
-        "error fails: the error would most likely return.",
+        "error, in a row without a new token, fails: the error would most likely return.",
+    )
+    max_setbacks: int = Field(
+        default=8,
+        ge=1,
+        description="A request that workers have given back this often for other failures, such "
+        "as KV that could not be read, in a row without a new token, fails with the last reason. "
+        "Enough to get round a broken pair of workers, and an answer within a second when every "
+        "pair fails at once.",
+    )
+    max_refusals: int = Field(
+        default=64,
+        ge=1,
+        description="A request for which workers had no room this often though their credit said "
+        "so, in a row without a new token, fails. Credit is a message old, so a few are usual; "
+        "this many, half a minute with max_retry_backoff_s, mean that a worker refuses always.",
     )
     retry_backoff_s: float = Field(
         default=0.005,
@@ -59,6 +74,19 @@ class RouterSettings(BaseModel):
         default=0.5,
         gt=0,
         description="Longest of those waits in seconds, so that recovery is felt soon.",
+    )
+    first_rest_s: float = Field(
+        default=0.1,
+        gt=0,
+        description="Seconds that a worker, or a pair of workers, gets no work after it has given "
+        "work back; doubled for each further time in a row. Long beside a step, so that the "
+        "others get the work. A first refusal for want of room has no rest.",
+    )
+    max_rest_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="Longest of those rests in seconds: what has been repaired is tried again "
+        "within it. Without any other worker to try, no rest is kept.",
     )
     worker_silence_limit_s: float = Field(
         default=15.0,

@@ -21,7 +21,9 @@ from paceline.router.placement import Role
 from paceline.router.settings import RouterSettings
 
 ORACLE = arithmetic_oracle(500)
-PATIENT = RouterSettings(max_worker_deaths=1000, max_internal_failures=1000)
+PATIENT = RouterSettings(
+    max_worker_deaths=1000, max_internal_failures=1000, max_setbacks=1000, max_refusals=1000
+)
 
 
 def make_cluster(settings: RouterSettings | None = None) -> SimulatedCluster:
@@ -156,20 +158,158 @@ def test_request_that_meets_two_deaths_fails_with_the_setting_named() -> None:
     assert_nothing_left(cluster)
 
 
-def test_internal_failures_are_retried_up_to_the_setting() -> None:
+def test_internal_failures_in_a_row_are_retried_up_to_the_setting() -> None:
     cluster = make_cluster(RouterSettings(max_internal_failures=2))
     request = make_active_request()
     cluster.dispatcher.submit(request, 0.0)
     now = 0.0
     for _ in range(2):
         assert request.error is None
-        now = cluster.run(now, 2)
+        cluster.deliver_all(now)
         cluster.workers["decode-0"].fail(0, FailureReason.INTERNAL)
         now = cluster.run(now, 1)
     assert isinstance(request.error, RequestFailedError)
     assert "router.max_internal_failures is 2" in str(request.error)
+    assert "decode-0 gave it back (INTERNAL): scripted" in str(request.error)
     cluster.run(now, 2)
     assert_nothing_left(cluster)
+
+
+@pytest.mark.parametrize("reason", [FailureReason.INTERNAL, FailureReason.LEASE_LOST])
+def test_failures_with_new_tokens_between_them_are_not_added_up(reason: FailureReason) -> None:
+    cluster = make_cluster(RouterSettings(max_internal_failures=2, max_setbacks=2))
+    request = make_active_request(max_tokens=40)
+    cluster.dispatcher.submit(request, 0.0)
+    now = 0.0
+    for _ in range(6):
+        now = cluster.run(now, 3)
+        cluster.workers["decode-0"].fail(0, reason)
+    cluster.run(now, 40)
+    assert_complete(request)
+    assert request.num_attempts == 7
+
+
+def test_the_token_of_the_prefill_worker_ends_no_row_of_failures() -> None:
+    """Each attempt has one, so a decode worker that fails at its first step would never count."""
+    cluster = make_cluster(RouterSettings(max_internal_failures=3))
+    request = make_active_request(max_tokens=40)
+    cluster.dispatcher.submit(request, 0.0)
+    now = 0.0
+    while not request.is_done:
+        cluster.deliver_all(now)
+        cluster.workers["prefill-0"].step()
+        cluster.deliver_all(now)
+        cluster.workers["decode-0"].fail(0, FailureReason.INTERNAL)
+        now = cluster.pass_time(now, 1.0)
+    assert len(request.journal.choices[0].output) == 3
+    assert "router.max_internal_failures is 3" in str(request.error)
+
+
+def make_square(settings: RouterSettings | None = None) -> SimulatedCluster:
+    """Two prefill and two decode workers."""
+    cluster = make_cluster(settings)
+    cluster.join("prefill-1", Role.PREFILL, 0.0)
+    cluster.join("decode-1", Role.DECODE, 0.0)
+    return cluster
+
+
+def submit_many(cluster: SimulatedCluster, num_requests: int) -> list[ActiveRequest]:
+    """Send requests one after the other, and let each end: two in a second."""
+    requests = []
+    now = 100.0 * len(cluster.sent)
+    for number in range(num_requests):
+        requests.append(make_active_request(str(number), max_tokens=3, arrived_s=now))
+        cluster.dispatcher.submit(requests[-1], now)
+        for _ in range(10):
+            cluster.deliver_all(now)
+            for worker in cluster.workers.values():
+                worker.step()
+            cluster.deliver_all(now)
+            now = cluster.pass_time(now, 0.05)
+    cluster.run(now, 20)
+    return requests
+
+
+def test_a_pair_that_cannot_connect_gets_little_work_and_harms_no_request() -> None:
+    cluster = make_square()
+    cluster.broken_pairs.add(("prefill-0", "decode-0"))
+    for request in submit_many(cluster, 100):  # 50 s
+        assert_complete(request)
+        assert request.num_attempts <= 3
+    assert cluster.num_broken_attempts <= 12
+    assert_nothing_left(cluster)
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+@pytest.mark.parametrize("reason", [FailureReason.REFUSED, FailureReason.INTERNAL])
+def test_a_worker_that_gives_all_its_work_back_gets_little(
+    victim: str, reason: FailureReason
+) -> None:
+    cluster = make_square()
+    cluster.workers[victim].gives_back = reason
+    for request in submit_many(cluster, 100):
+        assert_complete(request)
+    assert cluster.num_broken_attempts <= 12
+    assert_nothing_left(cluster)
+
+
+def test_a_repaired_pair_is_used_again() -> None:
+    cluster = make_square()
+    cluster.broken_pairs.add(("prefill-0", "decode-0"))
+    submit_many(cluster, 20)
+    cluster.broken_pairs.clear()
+    submit_many(cluster, 100)
+    assert not cluster.dispatcher.placement.routes.has_failures
+
+
+def test_request_that_no_pair_can_serve_fails_soon_and_says_why() -> None:
+    cluster = make_square()
+    cluster.broken_pairs.update((f"prefill-{i}", f"decode-{j}") for i in (0, 1) for j in (0, 1))
+    request = make_active_request()
+    cluster.dispatcher.submit(request, 0.0)
+    now = 0.0
+    while not request.is_done:
+        cluster.deliver_all(now)
+        for worker in cluster.workers.values():
+            worker.step()
+        now = cluster.pass_time(now, 0.01)
+        assert now < 2.0
+    assert isinstance(request.error, RequestFailedError)
+    assert "8 attempts in a row failed without a new token" in str(request.error)
+    assert "router.max_setbacks is 8" in str(request.error)
+    assert "(LEASE_LOST): cannot connect" in str(request.error)
+    cluster.run(now, 1)
+    assert_nothing_left(cluster)
+
+
+def test_decode_worker_that_may_computes_the_prompt_when_no_kv_moves() -> None:
+    cluster = SimulatedCluster(ORACLE)
+    cluster.join("prefill-0", Role.PREFILL, 0.0)
+    cluster.join("decode-0", Role.DECODE, 0.0, local_prefill_tokens=UNLIMITED_LOCAL_PREFILL)
+    cluster.broken_pairs.add(("prefill-0", "decode-0"))
+    for request in submit_many(cluster, 5):
+        assert_complete(request)
+
+
+def test_request_that_is_refused_without_end_fails_and_says_why() -> None:
+    cluster = make_cluster(RouterSettings(max_refusals=5))
+    cluster.workers["decode-0"].refuses = True
+    request = make_active_request()
+    cluster.dispatcher.submit(request, 0.0)
+    cluster.run(0.0, 6)
+    assert "no room for it 5 times in a row" in str(request.error)
+    assert "router.max_refusals is 5" in str(request.error)
+    assert "decode-0 gave it back (REFUSED): scripted" in str(request.error)
+
+
+def test_expired_request_names_the_last_setback() -> None:
+    cluster = make_cluster()
+    cluster.broken_pairs.add(("prefill-0", "decode-0"))
+    request = make_active_request()
+    cluster.dispatcher.submit(request, 0.0)
+    now = cluster.run(0.0, 2)
+    cluster.dispatcher.expire(request, "timeout_s, 2 s", now)
+    assert "gave it back (LEASE_LOST): cannot connect; the limit was" in str(request.error)
 
 
 def test_refusal_waits_longer_each_time_and_is_no_resumption() -> None:
@@ -382,7 +522,7 @@ def test_stop_string_cancels_its_choice_at_the_workers() -> None:
 @st.composite
 def events(draw: st.DrawFn) -> list[tuple[str, int, int]]:
     kinds = ["take", "take", "take", "send", "send", "send", "step", "step", "step"]
-    kinds += ["kill", "join", "fail", "refuse", "submit", "cancel", "tick"]
+    kinds += ["kill", "join", "fail", "refuse", "submit", "cancel", "tick", "break"]
     return draw(
         st.lists(
             st.tuples(st.sampled_from(kinds), st.integers(0, 7), st.integers(0, 7)),
@@ -435,6 +575,9 @@ def test_streams_are_what_they_would_have_been_whatever_happens(
         elif kind == "tick":
             now += 1.0
             cluster.dispatcher.dispatch(now)
+        elif kind == "break":
+            pair = f"prefill-{pick % 2}", f"decode-{count % 2}"
+            cluster.broken_pairs ^= {pair}
         elif worker is None:
             continue
         elif kind == "kill":
@@ -462,6 +605,7 @@ def test_streams_are_what_they_would_have_been_whatever_happens(
         if name not in cluster.workers:
             join(name)
         cluster.workers[name].refuses = False
+    cluster.broken_pairs.clear()
     now = cluster.run(now + 1, 150)
     cluster.run(now, 2)
     for request in requests:

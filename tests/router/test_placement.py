@@ -160,6 +160,32 @@ def test_size_of_a_worker_that_was_drained_is_forgotten_when_it_goes() -> None:
     assert placement.pools.why_too_large(Need(500, 1)) is not None
 
 
+ROUTES = [(f"prefill-{i}", f"decode-{j}") for i in range(3) for j in range(3)]
+ROUTES += [(f"{role}-{i}",) for role in ("prefill", "decode") for i in range(3)]
+
+
+def test_work_waits_for_a_pair_that_is_well_and_uses_one_that_rests_only_without_it() -> None:
+    placement = make_placement(
+        make_worker("p0", Role.PREFILL), make_worker("d0"), make_worker("d1", credit_blocks=0)
+    )
+    placement.routes.failed(("p0", "d0"), 0.0, 0.0)
+    assert placement.find(Need(100, 1)) is None
+    placement.routes.failed(("p0", "d1"), 0.0, 0.0)
+    assert ids(placement, Need(100, 1)) == ("p0", "d0")
+    placement.remove("d1")
+    assert ids(placement, Need(100, 1)) == ("p0", "d0")
+
+
+def test_without_a_pair_that_is_well_the_one_with_fewest_failures_is_used() -> None:
+    placement = make_placement(
+        make_worker("p0", Role.PREFILL), make_worker("d0"), make_worker("d1")
+    )
+    for now in range(3):
+        placement.routes.failed(("p0", "d1"), now, now)
+    placement.routes.failed(("p0", "d0"), 3, 3)
+    assert ids(placement, Need(100, 1)) == ("p0", "d0")
+
+
 @st.composite
 def workers(draw: st.DrawFn, role: Role) -> list[WorkerView]:
     def worker(number: int) -> WorkerView:
@@ -179,12 +205,18 @@ def workers(draw: st.DrawFn, role: Role) -> list[WorkerView]:
     workers(Role.PREFILL),
     workers(Role.DECODE),
     st.builds(Need, st.integers(1, 140), st.integers(1, 5), st.integers(0, 40), st.booleans()),
+    st.sets(st.sampled_from(ROUTES), max_size=5),
 )
 def test_work_either_finds_a_place_among_empty_workers_or_is_too_large(
-    prefillers: list[WorkerView], decoders: list[WorkerView], need: Need
+    prefillers: list[WorkerView],
+    decoders: list[WorkerView],
+    need: Need,
+    failed: set[tuple[str, ...]],
 ) -> None:
-    """Otherwise it would wait for ever, and everything behind it too."""
+    """Otherwise it would wait for ever, and everything behind it too: also when all have failed."""
     placement = make_placement(*prefillers, *decoders)
+    for route in failed:
+        placement.routes.failed(route, 0.0, 0.0)
     has_place = placement.find(need) is not None
     assert has_place == (placement.pools.why_too_large(need) is None)
 

@@ -43,6 +43,8 @@ class SimulatedWorker:
     held: dict[AttemptKey, _Held] = field(default_factory=dict)
     num_seen: int = 0
     refuses: bool = False
+    gives_back: FailureReason | None = None
+    """How it ends all that it is sent, at once."""
 
     @property
     def worker_id(self) -> str:
@@ -62,7 +64,10 @@ class SimulatedWorker:
 
     def take(self, work: Work, has_source: bool) -> None:
         self.num_seen += 1
-        message = "scripted" if self.refuses else None
+        if self.gives_back is not None:
+            self.cluster.num_broken_attempts += 1
+        refuses = self.refuses or self.gives_back is FailureReason.REFUSED
+        message = "scripted" if refuses else None
         if message is None:
             outputs = {choice: work.output.tolist() for choice in work.choices}
             self.held[work.key] = _Held(work, has_source, outputs)
@@ -72,7 +77,20 @@ class SimulatedWorker:
         self.outbox.append(
             lambda now: dispatcher.admission(self.worker_id, work.key, message, 0, now)
         )
+        if message is None and self.gives_back is not None:
+            self.end_all(work, self.gives_back, "scripted")
+        elif message is None and self.cluster.is_broken(self, work.key):
+            self.cluster.num_broken_attempts += 1
+            self.end_all(work, FailureReason.LEASE_LOST, "cannot connect")
         self._report_load()
+
+    def end_all(self, work: Work, reason: FailureReason, message: str) -> None:
+        """Give all choices back."""
+        del self.held[work.key]
+        dispatcher = self.cluster.dispatcher
+        self.outbox.append(
+            lambda now: dispatcher.failure(self.worker_id, work.stream_ids, reason, message, now)
+        )
 
     def cancel(self, key: AttemptKey, choices: tuple[int, ...]) -> None:
         held = self.held.get(key)
@@ -172,6 +190,10 @@ class SimulatedCluster:
         self.over: set[AttemptKey] = set()
         """Attempts whose lease the reader has confirmed or given back."""
         self.sent: list[tuple[str, Work]] = []
+        self.broken_pairs: set[tuple[str, str]] = set()
+        """(prefill, decode): the decode worker cannot connect, and says so at once."""
+        self.num_broken_attempts = 0
+        self.sources: dict[AttemptKey, str] = {}
         self.cancels: list[tuple[str, AttemptKey, tuple[int, ...]]] = []
         self._incarnations = 0
 
@@ -183,6 +205,8 @@ class SimulatedCluster:
     def admit(self, worker_id: str, work: Work, source: WorkerMember | None) -> None:
         self.sent.append((worker_id, work))
         worker = self.workers[worker_id]
+        if source is not None:
+            self.sources[work.key] = source.worker_id
         worker.inbox.append(lambda: worker.take(work, source is not None))
 
     def cancel(self, worker_id: str, key: AttemptKey, choices: tuple[int, ...]) -> None:
@@ -207,6 +231,15 @@ class SimulatedCluster:
         pool = WorkerPool(num_blocks, BLOCK_TOKENS, max_num_seqs, local_prefill_tokens)
         self.dispatcher.worker_joined(WorkerView(member, pool, worker.load()), now)
         return worker
+
+    def is_broken(self, reader: SimulatedWorker, key: AttemptKey) -> bool:
+        if reader.member.role is Role.PREFILL:
+            return False
+        return (self.sources.get(key), reader.worker_id) in self.broken_pairs
+
+    def pass_time(self, now: float, seconds: float) -> float:
+        self.dispatcher.dispatch(now + seconds)
+        return now + seconds
 
     def kill(self, worker_id: str, now: float) -> None:
         del self.workers[worker_id]

@@ -1,0 +1,105 @@
+"""Workers and pairs of workers that give work back instead of doing it. Pure.
+
+A worker that refuses or fails whatever it gets, and a pair between which no KV moves, look idle, so
+placement would send everything there. After a failure nothing goes that way for a while, twice as
+long after each further one, and then one piece of work at a time. What works again is like any
+other at once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+Route = tuple[str, ...]
+"""(worker_id,), or (prefill_id, decode_id) where it takes both to fail."""
+
+
+@dataclass(slots=True)
+class _Row:
+    num_failures: int = 0
+    """In a row."""
+    failed_s: float = float("-inf")
+    rests_until_s: float = float("-inf")
+    is_refusing: bool = False
+    """Whether an admission already shows that it works again."""
+    is_tried: bool = False
+    """Whether work is there whose end will tell."""
+
+
+class RouteHealth:
+    """The failures of one router's workers since they worked last."""
+
+    def __init__(self, first_rest_s: float = 0.1, max_rest_s: float = 30.0) -> None:
+        self._first_rest_s = first_rest_s
+        self._max_rest_s = max_rest_s
+        self._rows: dict[Route, _Row] = {}
+        self._now = 0.0
+
+    @property
+    def has_failures(self) -> bool:
+        return bool(self._rows)
+
+    def wake(self, now: float) -> None:
+        """Let rests end that end by now."""
+        self._now = now
+
+    def failed(self, route: Route, sent_s: float, now: float, *, is_refusal: bool = False) -> None:
+        """Count a failure of work that was sent at `sent_s`.
+
+        Work that was already there at the last failure tells nothing new: one event can end many.
+        """
+        row = self._rows.setdefault(route, _Row())
+        if sent_s < row.failed_s:
+            return
+        row.num_failures += 1
+        # One refusal is usual: credit is a message old.
+        num_rests = row.num_failures - is_refusal
+        rest_s = self._first_rest_s * 2.0 ** min(num_rests - 1, 32) if num_rests else 0.0
+        row.failed_s = now
+        row.rests_until_s = now + min(rest_s, self._max_rest_s)
+        row.is_refusing = is_refusal
+        row.is_tried = False
+
+    def admitted(self, worker_id: str) -> None:
+        """Note that a worker has taken work."""
+        row = self._rows.get((worker_id,))
+        if row is not None and row.is_refusing:
+            del self._rows[worker_id,]
+
+    def worked(self, route: Route) -> None:
+        """Note that work has gone well on this route."""
+        self._rows.pop(route, None)
+
+    def forget(self, worker_id: str) -> None:
+        """Drop what is known of a worker that has gone."""
+        for route in [route for route in self._rows if worker_id in route]:
+            del self._rows[route]
+
+    def sent(self, prefill_id: str | None, decode_id: str) -> None:
+        """Count work as sent."""
+        for row in self._rows_of(prefill_id, decode_id):
+            row.is_tried = True
+
+    def ended(self, prefill_id: str | None, decode_id: str) -> None:
+        """Count work as ended, well or not."""
+        for row in self._rows_of(prefill_id, decode_id):
+            row.is_tried = False
+
+    def is_resting(self, prefill_id: str | None, decode_id: str) -> bool:
+        """Whether work should rather go elsewhere now."""
+        return any(
+            row.is_tried or row.rests_until_s > self._now
+            for row in self._rows_of(prefill_id, decode_id)
+        )
+
+    def num_failures(self, prefill_id: str | None, decode_id: str) -> int:
+        return max((row.num_failures for row in self._rows_of(prefill_id, decode_id)), default=0)
+
+    def _rows_of(self, prefill_id: str | None, decode_id: str) -> Iterator[_Row]:
+        if not self._rows:
+            return
+        routes: list[Route] = [(decode_id,)]
+        if prefill_id is not None:
+            routes += [(prefill_id,), (prefill_id, decode_id)]
+        for route in routes:
+            if route in self._rows:
+                yield self._rows[route]
