@@ -25,7 +25,7 @@ from paceline.cluster.plan import Action, Drain, Start, Stop, plan
 from paceline.cluster.process_state import ProcessName, ProcessState, Role
 from paceline.cluster.resources import check_capacity
 from paceline.cluster.settings import DeploymentSettings, prefill_size_problem
-from paceline.cluster.supervised import Supervised, members_of
+from paceline.cluster.supervised import Supervised, is_membership_known, members_of
 from paceline.errors import ConfigError, InvalidRequestError, PacelineError
 from paceline.errors import FieldViolation as Violation
 
@@ -68,7 +68,10 @@ class Controller:
         self._shutting_down = False
         limits = settings.controller
         self._back_off = BackOff(
-            limits.first_back_off_s, limits.max_back_off_s, limits.stable_after_s
+            limits.first_back_off_s,
+            limits.max_back_off_s,
+            limits.stable_after_s,
+            limits.max_empty_back_off_s,
         )
 
     @property
@@ -184,7 +187,8 @@ class Controller:
         for process in await self._launcher.adopt():
             self._log(f"{process.name.worker_id} lives already and is kept")
             self._last_incarnation = max(self._last_incarnation, process.name.incarnation)
-            self._supervise(Supervised(process.name, started_s=now, process=process))
+            adopted = Supervised(process.name, started_s=now, process=process, is_adopted=True)
+            self._supervise(adopted)
 
     def _perform(self, action: Action, now: float) -> None:
         match action:
@@ -326,6 +330,8 @@ class Controller:
         await process.process.kill()
 
     async def _spread_membership(self) -> None:
+        if not is_membership_known(self._processes.values(), time.monotonic()):
+            return  # those who serve go on with what the earlier controller said
         members = members_of(self._processes.values())
         if members != self._membership.members:
             self._membership = Membership(self._membership.version + 1, members)

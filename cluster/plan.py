@@ -58,7 +58,7 @@ def plan(
         live = [s for s in members if s.state in LIVE]
         actions.extend(_surplus(live, len(live) - num_wanted))
         taken = {s.name.number for s in members}
-        actions.extend(_missing(role, num_wanted - len(live), taken, back_off, now))
+        actions.extend(_missing(role, num_wanted - len(live), taken, back_off, now, not live))
     return actions
 
 
@@ -80,10 +80,15 @@ def _surplus(live: Sequence[Seen], count: int) -> Iterator[Action]:
 
 
 def _missing(
-    role: Role, count: int, taken: set[int], back_off: BackOff, now: float
+    role: Role,
+    count: int,
+    taken: set[int],
+    back_off: BackOff,
+    now: float,
+    is_pool_empty: bool,
 ) -> Iterator[Start]:
     free = (number for number in itertools.count() if number not in taken)
     for number in itertools.islice(free, max(0, count)):
         # An id that has to wait is not replaced by another one: that would be no wait at all.
-        if back_off.may_start(f"{role.value}-{number}", now):
+        if back_off.may_start(f"{role.value}-{number}", now, is_pool_empty=is_pool_empty):
             yield Start(role, number)

@@ -104,6 +104,12 @@ class ControllerSettings(BaseModel):
     max_back_off_s: float = Field(
         default=30.0, gt=0, description="Longest of these waits, in seconds."
     )
+    max_empty_back_off_s: float = Field(
+        default=2.0,
+        gt=0,
+        description="Longest of these waits in seconds while the pool has no other worker: nobody "
+        "can be served then, so trying is worth its cost.",
+    )
     stable_after_s: float = Field(
         default=30.0, gt=0, description="Seconds after READY that end a row of failures."
     )

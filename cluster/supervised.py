@@ -9,6 +9,9 @@ from paceline.cluster.plan import Seen
 from paceline.cluster.process_state import TRANSITIONS, ProcessName, ProcessState
 from paceline.errors import IntegrityError
 
+ADOPTION_TIMEOUT_S = 10.0
+"""For an adopted worker to answer. Until then a membership without it would cut off its streams;
+what still loads is waited for in vain, so not much longer than a busy process may need."""
 NUM_IDLE_REPORTS = 2
 """In a row, before a draining worker counts as idle: work may have been on its way to it."""
 
@@ -23,6 +26,8 @@ class Supervised:
     state: ProcessState = ProcessState.STARTING
     process: Process | None = None
     """None until it is launched."""
+    is_adopted: bool = False
+    """Whether an earlier controller started it, so that others may know it as a member."""
     address: str = ""
     ready_s: float | None = None
     last_heard_s: float = 0.0
@@ -83,6 +88,17 @@ class Supervised:
             f"it has {report.num_running} requests running and finished no step for "
             f"{report.seconds_since_progress:.1f} s, and {limit_s:g} s is its limit"
         )
+
+
+def is_membership_known(processes: Iterable[Supervised], now: float) -> bool:
+    """Say whether every adopted worker has said if it serves; who is silent for long does not."""
+    return not any(
+        p.is_adopted
+        and p.name.role.is_worker
+        and p.state is ProcessState.STARTING
+        and now < p.started_s + ADOPTION_TIMEOUT_S
+        for p in processes
+    )
 
 
 def members_of(processes: Iterable[Supervised]) -> tuple[Member, ...]:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from fake_launcher import FakeLauncher, FakeProcess
 
+from paceline.cluster import supervised
 from paceline.cluster.controller import Controller
 from paceline.cluster.process_state import ProcessState, Role
 from paceline.cluster.settings import DeploymentSettings
@@ -317,6 +318,56 @@ async def test_a_new_controller_adopts_what_lives_and_keeps_the_wanted_sizes() -
         await until(lambda: "decode-2" in members(launcher.living("router-0")))
     versions = [m.version for m in launcher.living("router-0").memberships]
     assert versions == sorted(set(versions))
+
+
+@contextlib.asynccontextmanager
+async def adopting(launcher: FakeLauncher) -> AsyncIterator[Controller]:
+    """Let a controller bring a deployment up, and another one take over after its death."""
+    first = Controller(make_settings(), launcher)
+    async with running(first):
+        await until(all_ready(first, 3))
+        router = launcher.living("router-0")
+        await until(lambda: members(router) == {"prefill-0", "decode-0"})
+    for task in list(first._tasks):
+        task.cancel()
+    launcher.living("decode-0").started.clear()  # it answers the next one later
+    second = Controller(make_settings(), launcher)
+    async with running(second):
+        await until(lambda: states(second).get("prefill-0") is ProcessState.READY)
+        yield second
+
+
+async def test_a_new_controller_sends_no_membership_without_a_worker_that_serves() -> None:
+    launcher = FakeLauncher()
+    async with adopting(launcher) as controller:
+        router, decode = launcher.living("router-0"), launcher.living("decode-0")
+        num_before = len(router.memberships)
+        launcher.living("prefill-0").die("killed by SIGKILL")
+        await until(lambda: len(launcher.launched) == 4)  # a death meanwhile changes nothing
+        await until(lambda: states(controller)["prefill-0"] is ProcessState.READY)
+        decode.started.set()
+        await until(all_ready(controller, 3))
+        newest = launcher.living("prefill-0").name.incarnation
+        await until(
+            lambda: newest in [m.incarnation for m in router.memberships[-1].members],
+        )
+    assert [len(m.members) for m in router.memberships[num_before:]] == [2]
+
+
+@pytest.mark.parametrize("cause", ["it dies", "it stays silent"])
+async def test_a_new_controller_does_not_wait_for_a_worker_that_never_answers(
+    cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised, "ADOPTION_TIMEOUT_S", 60.0 if cause == "it dies" else 0.1)
+    launcher = FakeLauncher()
+    async with adopting(launcher) as controller:
+        launcher.can_start = False
+        decode = launcher.living("decode-0")
+        if cause == "it dies":
+            decode.die("killed by SIGKILL")
+        router = launcher.living("router-0")
+        await until(lambda: members(router) == {"prefill-0"})
+        assert states(controller)["decode-0"] is not ProcessState.READY
 
 
 async def test_shutting_down_ends_routers_first_and_leaves_nothing() -> None:

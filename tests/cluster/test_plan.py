@@ -85,8 +85,22 @@ def test_a_crash_loop_waits_longer_each_time() -> None:
         back_off.failed("decode-0", ready_for_s=0.0, now=100.0)
         waits.append(back_off.seconds_left("decode-0", now=100.0))
     assert waits == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
-    assert plan({Role.DECODE: 1}, [], back_off, now=129.9) == []
-    assert plan({Role.DECODE: 1}, [], back_off, now=130.0) == [Start(Role.DECODE, 0)]
+    others = [make_seen("decode-1")]
+    assert plan({Role.DECODE: 2}, others, back_off, now=129.9) == []
+    assert plan({Role.DECODE: 2}, others, back_off, now=130.0) == [Start(Role.DECODE, 0)]
+
+
+def test_an_empty_pool_is_not_kept_waiting_for_long() -> None:
+    back_off = make_back_off()
+    for worker_id in ("decode-0", "decode-1") * 8:
+        back_off.failed(worker_id, ready_for_s=0.0, now=100.0)
+    wanted = {Role.DECODE: 2}
+    both = [Start(Role.DECODE, 0), Start(Role.DECODE, 1)]
+    gone = [make_seen("decode-0", ProcessState.DEAD), make_seen("decode-2", ProcessState.DRAINING)]
+    for seen in ([], gone):
+        assert plan(wanted, seen, back_off, now=101.9) == []
+        assert plan(wanted, seen, back_off, now=102.0) == both
+    assert plan(wanted, [make_seen("decode-1")], back_off, now=129.9) == []
 
 
 def test_a_waiting_id_is_not_replaced_by_another_one() -> None:
