@@ -140,7 +140,7 @@ class Dispatcher:
                 continue
             choices = tuple(attempt.streams)
             self._drop(request, attempt, choices, skip=worker_id)
-            self._put_back(request, attempt, choices, not_before_s=now)
+            self._put_back(request, choices, attempt.setbacks, not_before_s=now)
         self.dispatch(now)
 
     def load_changed(self, worker_id: str, load: WorkerLoad, now: float) -> None:
@@ -354,14 +354,14 @@ class Dispatcher:
             message,
         )
         self._blame(attempt, worker_id, reason, now)
-        attempt.setbacks = attempt.setbacks.after(worker_id, reason, message)
-        why = attempt.setbacks.why_too_many(self._settings)
+        setbacks = attempt.setbacks.after(worker_id, reason, message)
+        why = setbacks.why_too_many(self._settings)
         if why is not None:
             self._fail(request, RequestFailedError(why), now)
             return
         self._drop(request, attempt, choices, skip=worker_id)
-        wait_s = self._backoff_s(attempt.setbacks)
-        self._put_back(request, attempt, choices, not_before_s=now + wait_s, reason=reason)
+        ready_s = now + self._backoff_s(setbacks)
+        self._put_back(request, choices, setbacks, not_before_s=ready_s, reason=reason)
 
     def _blame(self, attempt: Attempt, worker_id: str, reason: FailureReason, now: float) -> None:
         """Remember who gave work back, so that the next goes elsewhere."""
@@ -387,8 +387,8 @@ class Dispatcher:
     def _put_back(
         self,
         request: ActiveRequest,
-        attempt: Attempt,
         choices: tuple[int, ...],
+        setbacks: Setbacks,
         *,
         not_before_s: float,
         reason: FailureReason | None = None,
@@ -401,7 +401,7 @@ class Dispatcher:
             work = WaitingWork(
                 request,
                 group,
-                attempt.setbacks,
+                setbacks,
                 preempted=reason is FailureReason.PREEMPTED,
                 is_resumption=reason is not FailureReason.REFUSED,
             )

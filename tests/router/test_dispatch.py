@@ -189,6 +189,18 @@ def test_failures_with_new_tokens_between_them_are_not_added_up(reason: FailureR
     assert request.num_attempts == 7
 
 
+def test_choices_that_one_attempt_gives_back_one_by_one_count_once_each() -> None:
+    cluster = make_cluster(RouterSettings(max_internal_failures=2))
+    request = make_active_request(n=3)
+    cluster.dispatcher.submit(request, 0.0)
+    cluster.deliver_all(0.0)
+    for _ in range(3):
+        cluster.workers["decode-0"].fail(0, FailureReason.INTERNAL)
+    cluster.run(0.0, 20)
+    assert_complete(request)
+    assert_nothing_left(cluster)
+
+
 def test_the_token_of_the_prefill_worker_ends_no_row_of_failures() -> None:
     """Each attempt has one, so a decode worker that fails at its first step would never count."""
     cluster = make_cluster(RouterSettings(max_internal_failures=3))
