@@ -53,8 +53,6 @@ class ActiveRequest:
     """Number of the attempt that gives, or gave, the first token."""
     prompt_computed_s: float | None = field(default=None, init=False)
     """How long that attempt's worker computed the prompt; None: it has not said so."""
-    deaths: set[tuple[str, int]] = field(default_factory=set, init=False)
-    """(worker_id, incarnation) of workers that died with its work."""
     num_resumed: int = field(default=0, init=False)
     cached_tokens: int | None = field(default=None, init=False)
     """As the first worker to compute its prompt said."""
@@ -89,7 +87,7 @@ class ActiveRequest:
     @property
     def last_setback(self) -> str:
         """Why a part of it has had no new token yet; empty where nothing went wrong."""
-        parts = (*self.waiting, *self.attempts.values())
+        parts: list[WaitingWork | Attempt] = [*self.waiting, *self.attempts.values()]
         return next((part.setbacks.last for part in parts if part.setbacks.last), "")
 
     def phase_times(self) -> PhaseTimes:

@@ -28,8 +28,9 @@ from paceline.router.request_size import (
     too_large_to_go_on,
 )
 from paceline.router.route_health import RouteHealth
-from paceline.router.setbacks import Setbacks
+from paceline.router.setbacks import Incarnation, Setbacks
 from paceline.router.settings import RouterSettings
+from paceline.router.suspects import Suspects
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,17 @@ class Dispatcher:
         self._commands = commands
         self.placement = Placement(RouteHealth(settings.first_rest_s, settings.max_rest_s))
         self.queue: WaitingQueue[WaitingWork] = WaitingQueue(settings.max_queue_requests)
+        self._suspects = Suspects()
         self.requests: dict[str, ActiveRequest] = {}
         """Not yet ended, by wire_id."""
         self._streams: dict[int, _Stream] = {}
         self._attempts: dict[AttemptKey, tuple[ActiveRequest, Attempt]] = {}
         self._last_stream_id = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Pieces of work that wait for workers."""
+        return len(self.queue) + len(self._suspects)
 
     # Clients.
 
@@ -121,11 +128,13 @@ class Dispatcher:
         self.placement.add(worker)
         self.dispatch(now)
 
-    def worker_lost(self, worker_id: str, now: float) -> None:
-        """Put back all work that needed this worker."""
+    def worker_lost(self, worker_id: str, now: float, *, is_planned: bool = False) -> None:
+        """Put back all work that needed this worker; a death counts, a planned stop does not."""
         worker = self.placement.remove(worker_id)
         if worker is None:
             return
+        is_planned = is_planned or worker.load.draining
+        incarnation = Incarnation(worker_id, worker.member.incarnation)
         needing = [
             (request, attempt)
             for request, attempt in self._attempts.values()
@@ -134,20 +143,20 @@ class Dispatcher:
         for request, attempt in needing:
             if attempt.state is AttemptState.ENDED:  # its request failed on an earlier round
                 continue
-            request.deaths.add((worker_id, worker.member.incarnation))
-            if len(request.deaths) >= self._settings.max_worker_deaths:
-                self._fail(request, self._too_many_deaths(request), now)
-                continue
+            setbacks = attempt.setbacks
+            if not is_planned:
+                is_alone = attempt.key == self._suspects.running
+                setbacks = setbacks.after_death(incarnation, is_alone=is_alone)
             choices = tuple(attempt.streams)
             self._drop(request, attempt, choices, skip=worker_id)
-            self._put_back(request, choices, attempt.setbacks, not_before_s=now)
+            self._put_back(request, choices, setbacks, now, not_before_s=now)
         self.dispatch(now)
 
     def load_changed(self, worker_id: str, load: WorkerLoad, now: float) -> None:
         worker = self.placement.workers.get(worker_id)
         if worker is not None:
             worker.update(load)
-            if self.queue:
+            if self.num_waiting:
                 self.dispatch(now)
 
     def admission(
@@ -257,6 +266,7 @@ class Dispatcher:
         """Send waiting work as far as the workers have room, in the order of the queue."""
         pools = self.placement.pools
         self.placement.routes.wake(now)
+        self._dispatch_suspect(now)
         while (work := self.queue.head(now)) is not None:
             request = work.request
             need = need_of(work, pools)
@@ -275,9 +285,31 @@ class Dispatcher:
 
     def next_timer_s(self, now: float) -> float | None:
         """Return when `dispatch` should be called though nothing happens; None: never."""
-        return self.queue.next_ready_s(now)
+        times = self.queue.next_ready_s(now), self._suspects.next_ready_s(now)
+        return min((at_s for at_s in times if at_s is not None), default=None)
 
     # How it is done.
+
+    def _dispatch_suspect(self, now: float) -> None:
+        """Send the next suspect when the one before has given a token, to workers that run nothing
+        else without a token."""
+        while self._suspects.running is None:
+            work = self._suspects.head(now)
+            if work is None:
+                self.placement.release()
+                return
+            need = need_of(work, self.placement.pools)
+            pair = self.placement.reserve(need)
+            if pair is not None:
+                self._suspects.remove(work)
+                work.request.waiting.remove(work)
+                self.placement.dispatch(pair, need)
+                self._suspects.running = self._send(work, pair, now)
+                return
+            error = too_large_to_go_on(work, self.placement.pools)
+            if error is None:
+                return
+            self._fail(work.request, error, now)
 
     def _fail(self, request: ActiveRequest, error: PacelineError, now: float) -> None:
         if request.is_done:
@@ -286,11 +318,12 @@ class Dispatcher:
         for attempt in list(request.attempts.values()):
             self._drop(request, attempt, tuple(attempt.streams), skip=None)
         for work in request.waiting:
+            self._suspects.remove(work)
             self.queue.remove(work, request.journal.tenant)
         request.waiting.clear()
         self._end(request, now)
 
-    def _send(self, work: WaitingWork, pair: Pair, now: float) -> None:
+    def _send(self, work: WaitingWork, pair: Pair, now: float) -> AttemptKey:
         request = work.request
         request.dispatched(now)
         request.num_resumed += work.is_resumption
@@ -317,6 +350,8 @@ class Dispatcher:
         )
         request.attempts[key] = attempt
         self._attempts[key] = (request, attempt)
+        for worker in pair.views:
+            worker.without_token.add(key)
         for choice, stream_id in streams.items():
             self._streams[stream_id] = _Stream(request, attempt, journal.choices[choice])
         sent = Work(
@@ -332,6 +367,7 @@ class Dispatcher:
         self._commands.admit(pair.decode.worker_id, sent, source)
         if pair.prefill is not None:
             self._commands.prefill(pair.prefill.worker_id, sent, pair.decode.member)
+        return key
 
     def _give_back(
         self,
@@ -355,13 +391,9 @@ class Dispatcher:
         )
         self._blame(attempt, worker_id, reason, now)
         setbacks = attempt.setbacks.after(worker_id, reason, message)
-        why = setbacks.why_too_many(self._settings)
-        if why is not None:
-            self._fail(request, RequestFailedError(why), now)
-            return
         self._drop(request, attempt, choices, skip=worker_id)
         ready_s = now + self._backoff_s(setbacks)
-        self._put_back(request, choices, setbacks, not_before_s=ready_s, reason=reason)
+        self._put_back(request, choices, setbacks, now, not_before_s=ready_s, reason=reason)
 
     def _blame(self, attempt: Attempt, worker_id: str, reason: FailureReason, now: float) -> None:
         """Remember who gave work back, so that the next goes elsewhere."""
@@ -381,19 +413,36 @@ class Dispatcher:
         if index >= attempt.first_own_index:
             attempt.has_own_token = True
             attempt.setbacks = Setbacks()
+            self._no_longer_without_token(attempt)
             for worker_id in attempt.route:
                 routes.worked((worker_id,))
+
+    def _no_longer_without_token(self, attempt: Attempt) -> None:
+        """Note that an attempt has given a token, or has ended."""
+        for worker_id in attempt.route:
+            worker = self.placement.workers.get(worker_id)
+            if worker is not None:
+                worker.without_token.discard(attempt.key)
+        if self._suspects.running == attempt.key:
+            self._suspects.running = None
+            self.placement.release()
 
     def _put_back(
         self,
         request: ActiveRequest,
         choices: tuple[int, ...],
         setbacks: Setbacks,
+        now: float,
         *,
         not_before_s: float,
         reason: FailureReason | None = None,
     ) -> None:
-        """Queue choices at the head: those without output together, each other one alone."""
+        """Queue choices at the head: those without output together, each other one alone. Ends
+        the request if they have met too much."""
+        why = setbacks.why_too_many(self._settings)
+        if why is not None:
+            self._fail(request, RequestFailedError(why), now)
+            return
         journal = request.journal
         together = tuple(choice for choice in choices if not journal.choices[choice].output)
         alone = [(choice,) for choice in choices if journal.choices[choice].output]
@@ -406,7 +455,10 @@ class Dispatcher:
                 is_resumption=reason is not FailureReason.REFUSED,
             )
             request.waiting.append(work)
-            self.queue.push_resumed(work, request.arrived_s, not_before_s)
+            if setbacks.is_suspect(self._settings):
+                self._suspects.push(work, not_before_s)
+            else:
+                self.queue.push_resumed(work, request.arrived_s, not_before_s)
 
     def _drop(
         self,
@@ -425,6 +477,7 @@ class Dispatcher:
         if is_over:
             attempt.move(AttemptEvent.LAST_CHOICE_GONE)
             self.placement.routes.ended(attempt.prefill_id, attempt.decode_id)
+            self._no_longer_without_token(attempt)
             del request.attempts[attempt.key]
             del self._attempts[attempt.key]
         for worker_id in workers:
@@ -445,14 +498,6 @@ class Dispatcher:
         doublings = min(max(setbacks.num_given_back - 1, 0), 16)
         wait_s = self._settings.retry_backoff_s * 2.0**doublings
         return min(wait_s, self._settings.max_retry_backoff_s)
-
-    def _too_many_deaths(self, request: ActiveRequest) -> RequestFailedError:
-        names = ", ".join(sorted(worker_id for worker_id, _ in request.deaths))
-        return RequestFailedError(
-            f"{len(request.deaths)} workers died while they worked on this request ({names}), and "
-            f"router.max_worker_deaths is {self._settings.max_worker_deaths}; if the workers' "
-            "logs show that it was not the request's fault, send it again or raise that setting"
-        )
 
     def _new_stream_id(self) -> int:
         stream_id = (self._last_stream_id + 1) % _STREAM_IDS

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from paceline.request import AttemptKey
 from paceline.router.capacity import UNLIMITED_LOCAL_PREFILL, KnownPools, Need, WorkerPool
 from paceline.router.route_health import RouteHealth
 
@@ -61,6 +62,10 @@ class WorkerView:
     load: WorkerLoad
     num_dispatched: int = 0
     """Prefill and Admit messages sent over this stream."""
+    without_token: set[AttemptKey] = field(default_factory=set)
+    """Attempts there whose decode worker has given no token of its own yet."""
+    is_reserved: bool = False
+    """Whether only a suspect may go there."""
     _uncounted: deque[_Uncounted] = field(default_factory=deque)
 
     @property
@@ -80,6 +85,9 @@ class WorkerView:
         return self.load.num_pending_tokens + sum(entry.num_tokens for entry in self._uncounted)
 
     def can_take(self, num_blocks: int, num_sequences: int) -> bool:
+        return not self.is_reserved and self.has_room(num_blocks, num_sequences)
+
+    def has_room(self, num_blocks: int, num_sequences: int) -> bool:
         return (
             not self.load.draining
             and self.credit_sequences >= num_sequences
@@ -116,14 +124,26 @@ class Pair(NamedTuple):
         local = self.decode.pool.local_prefill_tokens
         return self.prefill is None and local == UNLIMITED_LOCAL_PREFILL
 
+    @property
+    def views(self) -> tuple[WorkerView, ...]:
+        return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
+
+    @property
+    def num_without_token(self) -> int:
+        return sum(len(worker.without_token) for worker in self.views)
+
     def can_take(self, need: Need) -> bool:
+        """Whether work may go there now."""
+        return self.has_room(need) and not any(worker.is_reserved for worker in self.views)
+
+    def has_room(self, need: Need) -> bool:
         """Whether both have room for work now."""
         prefill, decode = self
-        if not decode.can_take(_decode_blocks(need, decode.pool), need.num_choices):
+        if not decode.has_room(_decode_blocks(need, decode.pool), need.num_choices):
             return False
         if prefill is None:
             return True
-        return prefill.can_take(need.prefill_blocks(prefill.pool.block_tokens), need.num_choices)
+        return prefill.has_room(need.prefill_blocks(prefill.pool.block_tokens), need.num_choices)
 
 
 class Placement:
@@ -133,6 +153,7 @@ class Placement:
         self.workers: dict[str, WorkerView] = {}
         self.pools = KnownPools()
         self.routes = routes or RouteHealth()
+        self._reserved: Pair | None = None
 
     def add(self, worker: WorkerView) -> None:
         self.workers[worker.worker_id] = worker
@@ -185,6 +206,50 @@ class Placement:
             return None
         prefill = min(able, key=lambda worker: (worker.num_pending_tokens, -worker.credit_blocks))
         return Pair(prefill, max(decoders, key=_room))
+
+    def reserve(self, need: Need) -> Pair | None:
+        """Keep new work away from a pair; return the pair when it has room and nothing there is
+        without a token. `release` ends it."""
+        pair = self._reserved
+        if pair is None or not self._could_run(pair, need):
+            self.release()
+            pair = min(self._pairs(need), key=lambda pair: self._unrest(pair, need), default=None)
+            if pair is None:
+                return None
+            self._reserved = pair
+            for worker in pair.views:
+                worker.is_reserved = True
+        return pair if pair.has_room(need) and not pair.num_without_token else None
+
+    def _could_run(self, pair: Pair, need: Need) -> bool:
+        """Whether a pair that was picked earlier is one to wait for still."""
+        live = all(
+            self.workers.get(worker.worker_id) is worker and not worker.load.draining
+            for worker in pair.views
+        )
+        prefill, decode = pair
+        return (
+            live
+            and not self.routes.is_resting(*pair.ids)
+            and decode.pool.could_decode(need)
+            and (
+                decode.pool.computes_alone(need)
+                if prefill is None
+                else prefill.pool.could_prefill(need)
+            )
+        )
+
+    def _unrest(self, pair: Pair, need: Need) -> tuple[bool, bool, int, tuple[int, ...]]:
+        """Order pairs by how long it will take until a suspect may run there."""
+        is_resting = self.routes.is_resting(*pair.ids)
+        return is_resting, not pair.has_room(need), pair.num_without_token, _cost(pair)
+
+    def release(self) -> None:
+        """Let new work go everywhere."""
+        if self._reserved is not None:
+            for worker in self._reserved.views:
+                worker.is_reserved = False
+            self._reserved = None
 
     def _find_around_failures(self, need: Need) -> Pair | None:
         """Pick a pair that does not rest; wait for its room rather than take one that does.

@@ -209,7 +209,7 @@ class Router:
             self.incarnation,
             self._address,
             self._membership_version,
-            len(dispatcher.queue),
+            dispatcher.num_waiting,
             sum(bool(request.attempts) for request in dispatcher.requests.values()),
             dispatcher.placement.can_serve,
             tuple(self._link_status(link) for link in self._links.values()),

@@ -1,9 +1,18 @@
 """What a piece of work has met since its last new token, and when that is too much. Pure."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from paceline.request import FailureReason
 from paceline.router.settings import RouterSettings
+
+
+class Incarnation(NamedTuple):
+    """One start of a worker."""
+
+    worker_id: str
+    incarnation: int
+
 
 _NO_ROOM = frozenset({FailureReason.REFUSED, FailureReason.PREEMPTED})
 
@@ -18,6 +27,10 @@ class Setbacks:
     num_failures: int = 0
     """Times that it failed for another reason, internal errors aside."""
     num_internal_failures: int = 0
+    deaths: frozenset[Incarnation] = frozenset()
+    """Workers that died under it among others; of a planned stop nobody dies."""
+    lone_deaths: frozenset[Incarnation] = frozenset()
+    """Workers that died when it was the only one there without a token."""
     last: str = ""
     """The last reason, in words."""
 
@@ -36,8 +49,28 @@ class Setbacks:
             return replace(self, last=last)  # planned, and nobody's fault
         return replace(self, num_failures=self.num_failures + 1, last=last)
 
+    def after_death(self, worker: Incarnation, *, is_alone: bool) -> "Setbacks":
+        """Return what it has met when a worker dies under it."""
+        last = f"{worker.worker_id} died"
+        if is_alone:
+            return replace(self, lone_deaths=self.lone_deaths | {worker}, last=last)
+        return replace(self, deaths=self.deaths | {worker}, last=last)
+
+    def is_suspect(self, settings: RouterSettings) -> bool:
+        """Whether the work should run alone, because workers may have died of it."""
+        return len(self.deaths) >= settings.max_worker_deaths
+
     def why_too_many(self, settings: RouterSettings) -> str | None:
         """Say why the work should not be sent again."""
+        if len(self.lone_deaths) >= settings.max_lone_deaths:
+            names = ", ".join(sorted({w.worker_id for w in self.deaths | self.lone_deaths}))
+            return (
+                f"{len(self.deaths)} workers died in a row while they worked on this request and "
+                f"others, and {len(self.lone_deaths)} more when it ran alone ({names}), without a "
+                f"new token; router.max_worker_deaths is {settings.max_worker_deaths} and "
+                f"router.max_lone_deaths {settings.max_lone_deaths}. If the workers' logs show "
+                "that it was not the request's fault, send it again or raise them"
+            )
         if self.num_internal_failures >= settings.max_internal_failures:
             return (
                 f"{self.num_internal_failures} attempts in a row ended with an internal error of a "

@@ -40,8 +40,15 @@ class RouterSettings(BaseModel):
     max_worker_deaths: int = Field(
         default=2,
         ge=1,
-        description="A request that has met this many dying workers fails, so that one poisonous "
-        "request cannot take the pool with it.",
+        description="A request under which this many workers have died in a row without a new "
+        "token runs alone from then on, because it may be the cause. Planned stops do not count.",
+    )
+    max_lone_deaths: int = Field(
+        default=3,
+        ge=1,
+        description="A request under which this many workers have died when it ran alone fails: "
+        "one that kills workers must not take the pool with it. Not fewer, so that workers that "
+        "are killed every second or two by something else do not fail it.",
     )
     max_internal_failures: int = Field(
         default=2,

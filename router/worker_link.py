@@ -78,12 +78,15 @@ class WorkerLink:
         self._outgoing: deque[worker_pb2.SessionRequest] = deque()
         self._has_outgoing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._is_stopping = False
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name=f"link to {self.member.worker_id}")
 
     async def stop(self) -> None:
-        """Close the stream; the worker cancels what came over it, and counts as lost here."""
+        """Close the stream; the worker cancels what came over it, and counts as lost here, but not
+        as dead."""
+        self._is_stopping = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -182,7 +185,7 @@ class WorkerLink:
             await self._read(session)
         finally:
             writer.cancel()
-            self._dispatcher.worker_lost(worker_id, self._clock())
+            self._dispatcher.worker_lost(worker_id, self._clock(), is_planned=self._is_stopping)
             self._on_change()
             await asyncio.gather(writer, return_exceptions=True)
 

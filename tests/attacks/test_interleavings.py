@@ -474,7 +474,7 @@ class World:
         self.links: dict[str, WorkerLink] = {}
         self.old_streams: list[RouterStream] = []
         self.num_streams = 0
-        settings = RouterSettings(max_worker_deaths=10**6, max_internal_failures=1)
+        settings = RouterSettings(max_lone_deaths=10**6, max_internal_failures=1)
         self.dispatcher = Dispatcher(settings, self)
         self.requests: list[ActiveRequest] = []
         SimLink.world = self

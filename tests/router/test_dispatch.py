@@ -1,5 +1,8 @@
 """Whatever fails, in whatever order messages come, clients get the tokens they would have got."""
 
+from dataclasses import replace
+from random import Random
+
 import pytest
 from fake_worker import BLOCK_TOKENS, arithmetic_oracle, expected_output
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +25,7 @@ from paceline.router.settings import RouterSettings
 
 ORACLE = arithmetic_oracle(500)
 PATIENT = RouterSettings(
-    max_worker_deaths=1000, max_internal_failures=1000, max_setbacks=1000, max_refusals=1000
+    max_lone_deaths=1000, max_internal_failures=1000, max_setbacks=1000, max_refusals=1000
 )
 
 
@@ -45,10 +48,14 @@ def assert_complete(request: ActiveRequest) -> None:
 
 def assert_nothing_left(cluster: SimulatedCluster) -> None:
     dispatcher = cluster.dispatcher
-    assert len(dispatcher.queue) == 0
+    assert dispatcher.num_waiting == 0
     assert not dispatcher.requests
     assert not dispatcher._streams
     assert not dispatcher._attempts
+    assert dispatcher._suspects.running is None
+    for view in dispatcher.placement.workers.values():
+        assert not view.without_token
+        assert not view.is_reserved
     for worker in cluster.workers.values():
         assert not worker.held, f"{worker.worker_id} still holds {list(worker.held)}"
 
@@ -144,17 +151,146 @@ def test_choices_with_output_resume_each_alone_with_names_of_their_own() -> None
     assert_nothing_left(cluster)
 
 
-def test_request_that_meets_two_deaths_fails_with_the_setting_named() -> None:
+def test_request_under_which_workers_die_also_when_it_is_alone_fails_with_the_setting_named() -> (
+    None
+):
     cluster = make_cluster()
     request = make_active_request()
     cluster.dispatcher.submit(request, 0.0)
-    cluster.kill("decode-0", 1.0)
-    cluster.join("decode-1", Role.DECODE, 2.0)
-    cluster.kill("decode-1", 3.0)
+    for number in range(5):
+        assert request.error is None
+        cluster.kill(f"decode-{number}", 1.0)
+        cluster.join(f"decode-{number + 1}", Role.DECODE, 2.0)
     assert isinstance(request.error, RequestFailedError)
-    assert "decode-0, decode-1" in str(request.error)
-    assert "router.max_worker_deaths is 2" in str(request.error)
+    assert "2 workers died in a row" in str(request.error)
+    assert "3 more when it ran alone (decode-0, decode-1, decode-2, " in str(request.error)
+    assert "router.max_worker_deaths is 2 and router.max_lone_deaths 3" in str(request.error)
     cluster.run(3.0, 2)
+    assert_nothing_left(cluster)
+
+
+def test_deaths_with_new_tokens_between_them_are_not_added_up() -> None:
+    cluster = make_cluster()
+    request = make_active_request(max_tokens=40)
+    cluster.dispatcher.submit(request, 0.0)
+    now = 0.0
+    for number in range(8):
+        now = cluster.run(now, 3)
+        cluster.kill(f"decode-{number}", now)
+        cluster.join(f"decode-{number + 1}", Role.DECODE, now)
+    cluster.run(now, 40)
+    assert_complete(request)
+    assert request.num_resumed == 8
+
+
+@pytest.mark.parametrize("how", ["drained", "left the membership"])
+def test_planned_stops_are_never_counted(how: str) -> None:
+    cluster = make_cluster()
+    request = make_active_request()
+    cluster.dispatcher.submit(request, 0.0)
+    for number in range(20):
+        worker_id = f"decode-{number}"
+        cluster.join(f"decode-{number + 1}", Role.DECODE, 1.0)
+        if how == "drained":
+            load = replace(cluster.workers[worker_id].load(), draining=True)
+            cluster.dispatcher.load_changed(worker_id, load, 1.0)
+        del cluster.workers[worker_id]
+        cluster.dispatcher.worker_lost(worker_id, 2.0, is_planned=how != "drained")
+    cluster.run(2.0, 12)
+    assert_complete(request)
+
+
+def test_a_poisonous_request_kills_few_workers_and_takes_nobody_with_it() -> None:
+    """Everybody dies with it twice, and so is a suspect; only it dies alone, too."""
+    cluster = make_square()
+    bystanders = [make_active_request(str(n), [n], max_tokens=30) for n in range(10)]
+    poison = make_active_request("poison", max_tokens=30)
+    requests = [*bystanders[:5], poison, *bystanders[5:]]
+    for request in requests:
+        cluster.dispatcher.submit(request, 0.0)
+    now, num_kills = 0.0, 0
+    while any(not request.is_done for request in requests):
+        cluster.deliver_all(now)
+        for worker_id in cluster.kill_poisoned(now):
+            num_kills += 1
+            cluster.join(worker_id, Role.DECODE, now)
+        for worker in cluster.workers.values():
+            worker.step()
+        cluster.deliver_all(now)
+        now = cluster.pass_time(now, 0.1)
+        assert now < 60.0, "requests hang"
+    assert isinstance(poison.error, RequestFailedError)
+    assert num_kills == 5
+    for request in bystanders:
+        assert_complete(request)
+    assert_nothing_left(cluster)
+
+
+def test_a_suspect_runs_where_nothing_else_is_without_a_token() -> None:
+    cluster = make_cluster()
+    suspect = make_active_request("suspect")
+    cluster.dispatcher.submit(suspect, 0.0)
+    for _ in range(2):
+        cluster.kill("decode-0", 1.0)
+        cluster.join("decode-0", Role.DECODE, 1.0)
+    cluster.sent.clear()
+    other = make_active_request("other")
+    cluster.dispatcher.submit(other, 1.0)
+    assert not cluster.sent  # the suspect's attempt is out, and nothing may join it
+    assert cluster.dispatcher.num_waiting == 1
+    now = cluster.run(1.0, 3)
+    assert {work.key.request_id for _, work in cluster.sent} == {other.wire_id}
+    cluster.run(now, 20)
+    assert_complete(suspect)
+    assert_complete(other)
+    assert_nothing_left(cluster)
+
+
+def test_a_cancelled_suspect_leaves_no_reservation() -> None:
+    cluster = make_cluster()
+    requests = [make_active_request(name) for name in ("a", "b")]
+    for request in requests:
+        cluster.dispatcher.submit(request, 0.0)
+    for _ in range(2):
+        cluster.kill("decode-0", 1.0)
+        cluster.join("decode-0", Role.DECODE, 1.0)
+    for request in requests:  # one runs alone, the other waits
+        cluster.dispatcher.fail(request, CancelledError("gone"), 2.0)
+    third = make_active_request("c")
+    cluster.dispatcher.submit(third, 3.0)
+    cluster.run(3.0, 20)
+    assert_complete(third)
+    assert_nothing_left(cluster)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kills_in_quick_succession_fail_no_request(seed: int) -> None:
+    """A worker dies every two seconds and comes back a little later; a first token takes 0.4 s."""
+    random = Random(seed)
+    cluster = make_square()
+    requests = []
+    absent: dict[str, float] = {}
+    now = 0.0
+    for number in range(1200):
+        if number % 10 == 0 and number < 600:
+            prompt = [random.randrange(100) for _ in range(random.randrange(1, 40))]
+            request = make_active_request(str(number), prompt, max_tokens=30, arrived_s=now)
+            requests.append(request)
+            cluster.dispatcher.submit(request, now)
+        if number < 700 and random.random() < 0.05 and cluster.workers:
+            victim = random.choice(sorted(cluster.workers))
+            cluster.kill(victim, now)
+            absent[victim] = now + random.uniform(0.1, 1.0)
+        for worker_id in [w for w, back_s in absent.items() if back_s <= now]:
+            del absent[worker_id]
+            cluster.join(worker_id, Role(worker_id.split("-", maxsplit=1)[0]), now)
+        cluster.deliver_all(now)
+        for worker in cluster.workers.values():
+            worker.step()
+        now = cluster.pass_time(now, 0.1)
+    cluster.run(now, 60)
+    for request in requests:
+        assert_complete(request)
     assert_nothing_left(cluster)
 
 

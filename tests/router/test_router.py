@@ -153,19 +153,19 @@ async def test_worker_that_comes_back_under_the_same_incarnation_is_reached_agai
         assert (await call).tokens[0] == wanted(deployment, "hello", 12)
 
 
-async def test_request_that_meets_two_deaths_fails(tmp_path: Path) -> None:
+async def test_request_under_which_workers_go_on_dying_fails(tmp_path: Path) -> None:
     async with router_deployment(tmp_path) as deployment:
-        deployment.decode.hold_at = 3
+        deployment.decode.hold_at = 0
         call = asyncio.create_task(deployment.generate(make_request()))
-        for _ in range(2):
+        for _ in range(5):
             await until(lambda: bool(deployment.decode.running), "the request runs")
             await deployment.decode.kill()
             await until(lambda: not deployment.router.status().can_serve, "the death is seen")
-            (await deployment.replace("decode-0")).hold_at = 3
+            (await deployment.replace("decode-0")).hold_at = 0
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
         assert caught.value.code() is grpc.StatusCode.ABORTED
-        assert "router.max_worker_deaths is 2" in str(caught.value.details())
+        assert "router.max_lone_deaths 3" in str(caught.value.details())
         await deployment.idle()
 
 
@@ -421,6 +421,23 @@ async def test_silent_worker_counts_as_lost(tmp_path: Path) -> None:
             ),
             "the silence is noticed",
         )
+
+
+async def test_membership_may_drop_the_workers_of_a_request_again_and_again(
+    tmp_path: Path,
+) -> None:
+    """A planned stop is no death, however often it happens."""
+    async with router_deployment(tmp_path) as deployment:
+        deployment.decode.hold_at = 0
+        call = asyncio.create_task(deployment.generate(make_request()))
+        for _ in range(6):
+            old = deployment.decode
+            await until(lambda o=old: bool(o.running), "the request runs")
+            (await deployment.replace("decode-0")).hold_at = 0
+            await old.kill()
+        deployment.decode.hold_at = None
+        assert (await call).tokens[0] == wanted(deployment, "hello", 12)
+        await deployment.idle()
 
 
 async def test_stop_ends_what_still_runs_and_says_so(tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ from paceline.router.dispatch import Dispatcher, TokenColumns
 from paceline.router.placement import Role, WorkerLoad, WorkerMember, WorkerView
 from paceline.router.settings import RouterSettings
 
+POISON = "poison"
+"""How names of requests begin that kill the decode worker that computes a token for them."""
+
 
 @dataclass
 class _Held:
@@ -101,6 +104,16 @@ class SimulatedWorker:
         if held.has_source and not held.outputs:
             self.cluster.over.add(key)  # its reader gives the lease back
         self._forget_empty(key)
+
+    @property
+    def is_poisoned(self) -> bool:
+        """Whether its next step would be its last."""
+        return any(
+            key.request_id.startswith(POISON)
+            and (not held.has_source or key in self.cluster.over)  # not while it only imports
+            for key, held in self.held.items()
+            if self.member.role is Role.DECODE
+        )
 
     def step(self) -> None:
         rows: list[tuple[int, int, int]] = []
@@ -240,6 +253,13 @@ class SimulatedCluster:
     def pass_time(self, now: float, seconds: float) -> float:
         self.dispatcher.dispatch(now + seconds)
         return now + seconds
+
+    def kill_poisoned(self, now: float) -> list[str]:
+        """Let the decode workers die that would compute a token of a poisonous request."""
+        victims = [w.worker_id for w in self.workers.values() if w.is_poisoned]
+        for worker_id in victims:
+            self.kill(worker_id, now)
+        return victims
 
     def kill(self, worker_id: str, now: float) -> None:
         del self.workers[worker_id]

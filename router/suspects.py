@@ -1,0 +1,37 @@
+"""Work under which workers have died, waiting for a run without company. Pure.
+
+When a worker dies, its router cannot see which of the requests there did it. Those that meet more
+deaths before their next new token are suspects. One of them at a time runs on a pair that nothing
+else enters until it has given a token: if a worker dies then, it died of the suspect or by chance.
+"""
+
+from paceline.request import AttemptKey
+from paceline.router.active_request import WaitingWork
+
+
+class Suspects:
+    """The suspects of one router, oldest first."""
+
+    def __init__(self) -> None:
+        self._not_before_s: dict[WaitingWork, float] = {}
+        self.running: AttemptKey | None = None
+        """The one that runs alone."""
+
+    def __len__(self) -> int:
+        return len(self._not_before_s)
+
+    def push(self, work: WaitingWork, not_before_s: float) -> None:
+        self._not_before_s[work] = not_before_s
+
+    def remove(self, work: WaitingWork) -> None:
+        """Take out work that has been sent or cancelled; it need not be here."""
+        self._not_before_s.pop(work, None)
+
+    def head(self, now: float) -> WaitingWork | None:
+        """Look at the work whose turn it is; None when none may go now."""
+        ready = (work for work, not_before_s in self._not_before_s.items() if not_before_s <= now)
+        return next(ready, None)
+
+    def next_ready_s(self, now: float) -> float | None:
+        """Return when the next backoff ends; None when none runs."""
+        return min((at_s for at_s in self._not_before_s.values() if at_s > now), default=None)
