@@ -99,7 +99,8 @@ class RouterSettings(BaseModel):
         default=15.0,
         gt=0,
         description="A worker whose stream carries no message for this many seconds counts as "
-        "lost; several times the workers' heartbeat, because a loaded machine delays them.",
+        "lost, without the time in which the router itself stood still; several times the workers' "
+        "heartbeat, because a loaded machine delays them.",
     )
     connect_timeout_s: float = Field(
         default=5.0, gt=0, description="Seconds for a worker to answer a new stream's Hello."

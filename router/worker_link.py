@@ -22,6 +22,7 @@ from paceline.router.dispatch import Dispatcher, TokenColumns
 from paceline.router.journal import Logprobs
 from paceline.router.placement import WorkerLoad, WorkerMember, WorkerView
 from paceline.router.settings import RouterSettings
+from paceline.router.silence import Silence
 from paceline.wire import (
     MAX_MESSAGE_BYTES,
     failure_reason_from_proto,
@@ -198,18 +199,23 @@ class WorkerLink:
                 await session.write(self._outgoing.popleft())
 
     async def _read(self, session: Session) -> None:
-        loop = asyncio.get_running_loop()
         limit_s = self._settings.worker_silence_limit_s
+        silence = Silence(limit_s, asyncio.get_running_loop().time())
+        watching: asyncio.Task[None] | None = None
         try:
-            # One deadline, moved on by every message: a time-out object a message costs more.
-            async with asyncio.timeout(limit_s) as silence:
+            async with asyncio.timeout(None) as deadline:
+                watching = asyncio.create_task(_end_when_silent(silence, deadline))
                 while isinstance(answer := await session.read(), worker_pb2.SessionResponse):
-                    silence.reschedule(loop.time() + limit_s)
+                    silence.heard()
                     self._take(answer)
         except TimeoutError as error:
             raise UnavailableError(
                 f"no message for router.worker_silence_limit_s, {limit_s} s"
             ) from error
+        finally:
+            if watching is not None:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
         code, details = await session.code(), await session.details()
         raise UnavailableError(f"the worker ended the stream: {code.name} {details}".rstrip())
 
@@ -251,6 +257,15 @@ class WorkerLink:
     def _is_draining(self) -> bool:
         view = self._dispatcher.placement.workers.get(self.member.worker_id)
         return view is not None and view.load.draining
+
+
+async def _end_when_silent(silence: Silence, deadline: asyncio.Timeout) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        if silence.is_too_long(loop.time()):
+            deadline.reschedule(loop.time())
+            return
+        await asyncio.sleep(silence.interval_s)
 
 
 def _columns(step: worker_pb2.StepReport) -> TokenColumns:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 
 import grpc
@@ -421,6 +422,24 @@ async def test_silent_worker_counts_as_lost(tmp_path: Path) -> None:
             ),
             "the silence is noticed",
         )
+
+
+async def test_worker_that_a_frozen_router_did_not_hear_is_not_lost(tmp_path: Path) -> None:
+    settings = RouterSettings(grpc_port=0, drain_timeout_s=0.0, worker_silence_limit_s=0.3)
+    async with router_deployment(tmp_path, settings=settings, workers=False) as deployment:
+        oracle, fabric = deployment.oracle, deployment.fabric
+        await deployment.add(
+            FakeWorker(Role.DECODE, oracle, fabric, local_prefill_tokens=UNLIMITED_LOCAL_PREFILL)
+        )
+        await deployment.connected()
+        call = asyncio.create_task(deployment.generate(make_request(max_tokens=200)))
+        await until(lambda: bool(deployment.decode.running), "the request runs")
+        for _ in range(2):
+            asyncio.get_running_loop().call_soon(time.sleep, 0.5)
+            await asyncio.sleep(0)
+        answer = await call
+        assert len(answer.tokens[0]) == 200
+        assert answer.last.usage.resumed == 0
 
 
 async def test_membership_may_drop_the_workers_of_a_request_again_and_again(
