@@ -3,8 +3,9 @@
 A worker's credit is what its last Load says minus the dispatches that it had not counted then.
 """
 
+import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -119,22 +120,12 @@ class Pair(NamedTuple):
         return None if self.prefill is None else self.prefill.worker_id, self.decode.worker_id
 
     @property
-    def is_fallback(self) -> bool:
-        """Whether the decode worker would compute a prompt that it leaves to prefill workers."""
-        local = self.decode.pool.local_prefill_tokens
-        return self.prefill is None and local == UNLIMITED_LOCAL_PREFILL
-
-    @property
     def views(self) -> tuple[WorkerView, ...]:
         return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
 
     @property
     def num_without_token(self) -> int:
         return sum(len(worker.without_token) for worker in self.views)
-
-    def can_take(self, need: Need) -> bool:
-        """Whether work may go there now."""
-        return self.has_room(need) and not any(worker.is_reserved for worker in self.views)
 
     def has_room(self, need: Need) -> bool:
         """Whether both have room for work now."""
@@ -144,6 +135,53 @@ class Pair(NamedTuple):
         if prefill is None:
             return True
         return prefill.has_room(need.prefill_blocks(prefill.pool.block_tokens), need.num_choices)
+
+
+class _Able(NamedTuple):
+    """Workers that could run a piece of work if they had room, in some order of preference."""
+
+    prefill: list[WorkerView]
+    decode: list[WorkerView]
+
+    @classmethod
+    def of(cls, workers: Iterable[WorkerView], need: Need) -> "_Able":
+        able = cls([], [])
+        for worker in workers:
+            if worker.load.draining:
+                continue
+            if worker.member.role is Role.PREFILL:
+                if worker.pool.could_prefill(need):
+                    able.prefill.append(worker)
+            elif worker.pool.could_decode(need):
+                able.decode.append(worker)
+        return able
+
+    def with_room(self, need: Need) -> "_Able":
+        """Keep those that may take it now."""
+
+        def can_take(worker: WorkerView) -> bool:
+            blocks = need.prefill_blocks(worker.pool.block_tokens)
+            if worker.member.role is Role.DECODE:
+                blocks = _decode_blocks(need, worker.pool)
+            return worker.can_take(blocks, need.num_choices)
+
+        return _Able(list(filter(can_take, self.prefill)), list(filter(can_take, self.decode)))
+
+    def usual_pairs(self, need: Need) -> Iterator[Pair]:
+        """Yield decode workers that compute the context themselves, then all pairs."""
+        for decode in self.decode:
+            if decode.pool.computes_alone(need) and not _leaves_prompts_to_others(decode):
+                yield Pair(None, decode)
+        for prefill in self.prefill:
+            for decode in self.decode:
+                yield Pair(prefill, decode)
+
+    def fallback_pairs(self) -> Iterator[Pair]:
+        """Yield decode workers that compute what no prefill worker can."""
+        return (Pair(None, decode) for decode in self.decode if _leaves_prompts_to_others(decode))
+
+    def all_pairs(self, need: Need) -> Iterator[Pair]:
+        return itertools.chain(self.usual_pairs(need), self.fallback_pairs())
 
 
 class Placement:
@@ -182,9 +220,13 @@ class Placement:
         )
 
     def find(self, need: Need) -> Pair | None:
-        """Pick the workers for work, or None when none have room now."""
-        if self.routes.has_failures:
-            return self._find_around_failures(need)
+        """Pick the workers for work, or None when none have room now, or soon will have."""
+        pair = self._find(need)
+        if pair is None or not self.routes.is_resting(*pair.ids):
+            return pair
+        return self._find_around_rests(need)
+
+    def _find(self, need: Need) -> Pair | None:
         decoders = [
             worker
             for worker in self.of_role(Role.DECODE)
@@ -213,7 +255,10 @@ class Placement:
         pair = self._reserved
         if pair is None or not self._could_run(pair, need):
             self.release()
-            pair = min(self._pairs(need), key=lambda pair: self._unrest(pair, need), default=None)
+            able = _Able.of(self.workers.values(), need)
+            able.prefill.sort(key=_time_until_quiet)
+            able.decode.sort(key=_time_until_quiet)
+            pair = self._first_well(able.all_pairs(need)) or next(able.all_pairs(need), None)
             if pair is None:
                 return None
             self._reserved = pair
@@ -239,11 +284,6 @@ class Placement:
             )
         )
 
-    def _unrest(self, pair: Pair, need: Need) -> tuple[bool, bool, int, tuple[int, ...]]:
-        """Order pairs by how long it will take until a suspect may run there."""
-        is_resting = self.routes.is_resting(*pair.ids)
-        return is_resting, not pair.has_room(need), pair.num_without_token, _cost(pair)
-
     def release(self) -> None:
         """Let new work go everywhere."""
         if self._reserved is not None:
@@ -251,34 +291,31 @@ class Placement:
                 worker.is_reserved = False
             self._reserved = None
 
-    def _find_around_failures(self, need: Need) -> Pair | None:
+    def _find_around_rests(self, need: Need) -> Pair | None:
         """Pick a pair that does not rest; wait for its room rather than take one that does.
 
         Decode workers that leave prompts to others compute them when every other way rests, and
         only without any other way is a resting pair used.
         """
-        every = list(self._pairs(need))
-        healthy = [pair for pair in every if not self.routes.is_resting(*pair.ids)]
-        usual = [pair for pair in healthy if not pair.is_fallback]
-        if healthy:
-            return min(_with_room(usual or healthy, need), key=_cost, default=None)
+        every = _Able.of(self.workers.values(), need)
+        every.prefill.sort(key=lambda worker: (worker.num_pending_tokens, -worker.credit_blocks))
+        every.decode.sort(key=_room, reverse=True)
+        free = every.with_room(need)
+        for pairs, free_pairs in (
+            (every.usual_pairs(need), free.usual_pairs(need)),
+            (every.fallback_pairs(), free.fallback_pairs()),
+        ):
+            pair = self._first_well(free_pairs)
+            if pair is not None or self._first_well(pairs) is not None:
+                return pair
         return min(
-            _with_room(every, need),
-            key=lambda pair: (self.routes.num_failures(*pair.ids), _cost(pair)),
+            free.all_pairs(need),
+            key=lambda pair: self.routes.num_failures(*pair.ids),
             default=None,
         )
 
-    def _pairs(self, need: Need) -> Iterator[Pair]:
-        """Every way to run work on workers that take any, those without room included."""
-        prefillers = [w for w in self.of_role(Role.PREFILL) if not w.load.draining]
-        for decode in self.of_role(Role.DECODE):
-            if decode.load.draining or not decode.pool.could_decode(need):
-                continue
-            if decode.pool.computes_alone(need):
-                yield Pair(None, decode)
-            for prefill in prefillers:
-                if prefill.pool.could_prefill(need):
-                    yield Pair(prefill, decode)
+    def _first_well(self, pairs: Iterable[Pair]) -> Pair | None:
+        return next((pair for pair in pairs if not self.routes.is_resting(*pair.ids)), None)
 
     def dispatch(self, pair: Pair, need: Need) -> None:
         """Count work that is sent to the pair now against their credit."""
@@ -299,7 +336,7 @@ def _decode_blocks(need: Need, pool: WorkerPool) -> int:
 
 def _computes_alone(worker: WorkerView, need: Need, prefillers: list[WorkerView]) -> bool:
     """Whether a decode worker with room should compute the context itself."""
-    if worker.pool.local_prefill_tokens == UNLIMITED_LOCAL_PREFILL:
+    if _leaves_prompts_to_others(worker):
         # Beside prefill workers it is left to them, but for what is too large for each of them.
         return not any(
             not prefiller.load.draining and prefiller.pool.could_prefill(need)
@@ -308,20 +345,13 @@ def _computes_alone(worker: WorkerView, need: Need, prefillers: list[WorkerView]
     return worker.pool.computes_alone(need)
 
 
-def _with_room(pairs: list[Pair], need: Need) -> Iterator[Pair]:
-    return (pair for pair in pairs if pair.can_take(need))
+def _leaves_prompts_to_others(worker: WorkerView) -> bool:
+    return worker.pool.local_prefill_tokens == UNLIMITED_LOCAL_PREFILL
 
 
-def _cost(pair: Pair) -> tuple[bool, int, int, int, int]:
-    """Order pairs with room as `find` does: the least comes first."""
-    prefill, decode = pair
-    return (
-        prefill is not None,
-        0 if prefill is None else prefill.num_pending_tokens,
-        0 if prefill is None else -prefill.credit_blocks,
-        -decode.credit_blocks,
-        decode.load.num_running,
-    )
+def _time_until_quiet(worker: WorkerView) -> tuple[int, int]:
+    """Order workers by how soon a suspect may run there."""
+    return len(worker.without_token), -worker.credit_blocks
 
 
 def _room(worker: WorkerView) -> tuple[int, int]:
