@@ -388,6 +388,20 @@ def test_a_pair_that_cannot_connect_gets_little_work_and_harms_no_request() -> N
     assert_nothing_left(cluster)
 
 
+PAIRS = [(f"prefill-{i}", f"decode-{j}") for i in (0, 1) for j in (0, 1)]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sets(st.sampled_from(PAIRS), min_size=1, max_size=3))
+def test_requests_end_well_as_long_as_one_pair_works(broken: set[tuple[str, str]]) -> None:
+    cluster = make_square()
+    cluster.broken_pairs |= broken
+    for request in submit_many(cluster, 40):  # 20 s
+        assert_complete(request)
+    assert cluster.num_broken_attempts <= 10 * len(broken)
+    assert_nothing_left(cluster)
+
+
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 @pytest.mark.parametrize("reason", [FailureReason.REFUSED, FailureReason.INTERNAL])
 def test_a_worker_that_gives_all_its_work_back_gets_little(
