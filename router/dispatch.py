@@ -389,20 +389,32 @@ class Dispatcher:
             reason.name,
             message,
         )
-        self._blame(attempt, worker_id, reason, now)
+        self._blame(attempt, worker_id, reason, message, now)
         setbacks = attempt.setbacks.after(worker_id, reason, message)
         self._drop(request, attempt, choices, skip=worker_id)
         ready_s = now + self._backoff_s(setbacks)
         self._put_back(request, choices, setbacks, now, not_before_s=ready_s, reason=reason)
 
-    def _blame(self, attempt: Attempt, worker_id: str, reason: FailureReason, now: float) -> None:
+    def _blame(
+        self, attempt: Attempt, worker_id: str, reason: FailureReason, message: str, now: float
+    ) -> None:
         """Remember who gave work back, so that the next goes elsewhere."""
-        routes = self.placement.routes
         if reason in (FailureReason.REFUSED, FailureReason.INTERNAL):
-            is_refusal = reason is FailureReason.REFUSED
-            routes.failed((worker_id,), attempt.sent_s, now, is_refusal=is_refusal)
+            route: tuple[str, ...] = (worker_id,)
         elif reason in (FailureReason.LEASE_LOST, FailureReason.PROMISE_EXPIRED):
-            routes.failed(attempt.route, attempt.sent_s, now)
+            route = attempt.route
+        else:
+            return
+        is_refusal = reason is FailureReason.REFUSED
+        rest_s = self.placement.routes.failed(route, attempt.sent_s, now, is_refusal=is_refusal)
+        if rest_s > self._settings.first_rest_s:  # not the first failure in a row
+            logger.warning(
+                "route_rests workers=%s rest_s=%.1f reason=%s message=%r",
+                ",".join(route),
+                rest_s,
+                reason.name,
+                message,
+            )
 
     def _decode_token(self, attempt: Attempt, index: int) -> None:
         """Note a token of the decode worker, until one is its own."""

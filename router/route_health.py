@@ -42,22 +42,24 @@ class RouteHealth:
         """Let rests end that end by now."""
         self._now = now
 
-    def failed(self, route: Route, sent_s: float, now: float, *, is_refusal: bool = False) -> None:
-        """Count a failure of work that was sent at `sent_s`.
+    def failed(self, route: Route, sent_s: float, now: float, *, is_refusal: bool = False) -> float:
+        """Count a failure of work that was sent at `sent_s`; return the rest that it brings.
 
         Work that was already there at the last failure tells nothing new: one event can end many.
         """
         row = self._rows.setdefault(route, _Row())
         if sent_s < row.failed_s:
-            return
+            return 0.0
         row.num_failures += 1
         # One refusal is usual: credit is a message old.
         num_rests = row.num_failures - is_refusal
         rest_s = self._first_rest_s * 2.0 ** min(num_rests - 1, 32) if num_rests else 0.0
         row.failed_s = now
-        row.rests_until_s = now + min(rest_s, self._max_rest_s)
+        rest_s = min(rest_s, self._max_rest_s)
+        row.rests_until_s = now + rest_s
         row.is_refusing = is_refusal
         row.is_tried = False
+        return rest_s
 
     def admitted(self, worker_id: str) -> None:
         """Note that a worker has taken work."""

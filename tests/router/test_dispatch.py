@@ -378,13 +378,16 @@ def submit_many(cluster: SimulatedCluster, num_requests: int) -> list[ActiveRequ
     return requests
 
 
-def test_a_pair_that_cannot_connect_gets_little_work_and_harms_no_request() -> None:
+def test_a_pair_that_cannot_connect_gets_little_work_and_harms_no_request(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     cluster = make_square()
     cluster.broken_pairs.add(("prefill-0", "decode-0"))
     for request in submit_many(cluster, 100):  # 50 s
         assert_complete(request)
         assert request.num_attempts <= 3
     assert cluster.num_broken_attempts <= 12
+    assert "route_rests workers=prefill-0,decode-0 rest_s=0.2 reason=LEASE_LOST" in caplog.text
     assert_nothing_left(cluster)
 
 
