@@ -687,7 +687,7 @@ def test_stop_string_cancels_its_choice_at_the_workers() -> None:
 @st.composite
 def events(draw: st.DrawFn) -> list[tuple[str, int, int]]:
     kinds = ["take", "take", "take", "send", "send", "send", "step", "step", "step"]
-    kinds += ["kill", "join", "fail", "refuse", "submit", "cancel", "tick", "break"]
+    kinds += ["kill", "join", "fail", "refuse", "submit", "cancel", "tick", "break", "stop"]
     return draw(
         st.lists(
             st.tuples(st.sampled_from(kinds), st.integers(0, 7), st.integers(0, 7)),
@@ -747,6 +747,11 @@ def test_streams_are_what_they_would_have_been_whatever_happens(
             continue
         elif kind == "kill":
             cluster.kill(name, now)
+        elif kind == "stop":
+            load = replace(worker.load(), draining=True)
+            cluster.dispatcher.load_changed(name, load, now)
+            if count % 2:
+                cluster.kill(name, now)
         elif kind == "take" and worker.inbox:
             worker.inbox.popleft()()
         elif kind == "send" and worker.outbox:
