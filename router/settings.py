@@ -65,11 +65,12 @@ class RouterSettings(BaseModel):
         "pair fails at once.",
     )
     max_refusals: int = Field(
-        default=64,
+        default=256,
         ge=1,
         description="A request for which workers had no room this often though their credit said "
-        "so, in a row without a new token, fails. Credit is a message old, so a few are usual; "
-        "this many, half a minute with max_retry_backoff_s, mean that a worker refuses always.",
+        "so, in a row without a new token, fails. Credit is a message old and several routers may "
+        "be offered the same room, so many are usual under load; this many, two minutes with "
+        "max_retry_backoff_s, mean that a worker refuses always.",
     )
     retry_backoff_s: float = Field(
         default=0.005,
