@@ -15,11 +15,14 @@ from paceline.cluster.resources import pool_settings
 from paceline.cluster.settings import DeploymentSettings
 from paceline.cluster.supervised import Supervised
 from paceline.errors import ConfigError, PacelineError
+from paceline.grpc_options import server_options
 from paceline.router.grpc_status import to_status
 from paceline.v1 import control_pb2, control_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
+MAX_REQUEST_BYTES = 1 << 16
+"""The control API's requests are names and numbers of workers."""
 SERVICE_NAME = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 _STATES = {
     ProcessState.STARTING: control_pb2.PROCESS_STATE_STARTING,
@@ -84,8 +87,7 @@ class ControlServer:
 
     def __init__(self, servicer: ControlServicer) -> None:
         self._health = health.aio.HealthServicer()
-        # Two controllers must never share a port: each would get half of the calls.
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._server = grpc.aio.server(options=server_options(MAX_REQUEST_BYTES))
         control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(

@@ -10,6 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from paceline.errors import ConfigError, UnavailableError
+from paceline.grpc_options import server_options
 from paceline.internal.v1 import worker_pb2
 from paceline.request import AttemptKey, Work
 from paceline.router.dispatch import Dispatcher
@@ -129,14 +130,7 @@ class Router:
     async def start(self) -> None:
         """Listen; raises ConfigError if the port is taken."""
         settings = self._settings
-        server = grpc.aio.server(
-            options=(
-                ("grpc.so_reuseport", 0),  # two routers on one port would share its requests
-                ("grpc.max_receive_message_length", settings.max_request_bytes),
-                ("grpc.keepalive_time_ms", 30_000),  # finds clients whose machine is gone
-                ("grpc.keepalive_timeout_ms", 10_000),
-            )
-        )
+        server = grpc.aio.server(options=server_options(settings.max_request_bytes))
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceServicer(self._generations), server
         )

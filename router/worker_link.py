@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 import grpc
 
-from paceline.addresses import CHANNEL_OPTIONS
 from paceline.errors import InvalidRequestError, UnavailableError
+from paceline.grpc_options import INTERNAL_CHANNEL
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
 from paceline.request import AttemptKey, FinishReason
 from paceline.router.capacity import WorkerPool
@@ -24,7 +24,6 @@ from paceline.router.placement import WorkerLoad, WorkerMember, WorkerView
 from paceline.router.settings import RouterSettings
 from paceline.router.silence import Silence
 from paceline.wire import (
-    MAX_MESSAGE_BYTES,
     failure_reason_from_proto,
     span_from_proto,
     step_columns_from_proto,
@@ -34,14 +33,6 @@ logger = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S = 0.05
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
-_CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Workers of other incarnations may use the same address: never share their connections.
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_retries", 0),
-    *CHANNEL_OPTIONS,
-)
 
 Session: TypeAlias = (
     "grpc.aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.SessionResponse]"
@@ -123,7 +114,7 @@ class WorkerLink:
 
     async def _connect_and_serve(self) -> None:
         async with grpc.aio.insecure_channel(
-            self.member.address, options=_CHANNEL_OPTIONS
+            self.member.address, options=INTERNAL_CHANNEL
         ) as channel:
             session = worker_pb2_grpc.WorkerServiceStub(channel).Session()
             try:

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 import grpc
 
-from paceline.addresses import CHANNEL_OPTIONS
 from paceline.errors import PacelineError
 from paceline.failpoints import Failpoints
+from paceline.grpc_options import INTERNAL_CHANNEL
 from paceline.internal.v1 import kv_pb2, kv_pb2_grpc
 from paceline.kv_transfer.read_plan import ReadPlan
 from paceline.kv_transfer.transport import Connection, ReadOutcome, Transport
@@ -198,7 +198,7 @@ class OwnerLink:
         reason = "the session's task failed; the log has the cause"
         try:
             async with grpc.aio.insecure_channel(
-                self.owner.address, options=CHANNEL_OPTIONS
+                self.owner.address, options=INTERNAL_CHANNEL
             ) as channel:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S) as until_welcome:
                     await channel.channel_ready()

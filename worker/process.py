@@ -24,13 +24,13 @@ from paceline.engine.prefix_cache import PrefixCache
 from paceline.engine.settings import ModelSettings
 from paceline.engine.warm_up import warm_up
 from paceline.failpoints import Failpoints
+from paceline.grpc_options import INTERNAL_SERVER
 from paceline.internal.v1 import kv_pb2_grpc, worker_pb2_grpc
 from paceline.kv_transfer.lease import LeaseTable
 from paceline.kv_transfer.pool_memory import PoolMemory
 from paceline.kv_transfer.select import build_transport
 from paceline.kv_transfer.settings import KvSettings
 from paceline.kv_transfer.transport import LocalPool, Transport
-from paceline.wire import MAX_MESSAGE_BYTES
 from paceline.worker.core import Core, LoadReport, Peer
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.kv_import import ImportListener
@@ -47,13 +47,6 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 0.25
 """How often an idle worker tells its load."""
 STOP_TIMEOUT_S = 10.0
-SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # Finds routers and readers whose machine is gone, so that they hold no credit and no lease.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-)
 Result = TypeVar("Result")
 
 
@@ -321,7 +314,7 @@ class WorkerProcess:
         servicer = WorkerServicer(
             parts.identity, wired.core, parts.sessions, parts.mailbox, parts.failpoints
         )
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(options=INTERNAL_SERVER)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, self._server)
         kv_pb2_grpc.add_KvServiceServicer_to_server(owner, self._server)
         port = self._server.add_insecure_port(f"{self.spec.host}:0")

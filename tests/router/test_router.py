@@ -70,6 +70,18 @@ async def test_the_wait_at_the_worker_is_a_phase_of_its_own(
     assert f" wait_s={times.wait_s:.4f} prefill_s=" in line
 
 
+async def test_a_proxy_in_the_environment_does_not_come_between_router_and_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with router_deployment(tmp_path, workers=False) as deployment:
+        await deployment.channel.channel_ready()
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        monkeypatch.delenv("no_proxy", raising=False)
+        for role in Role:
+            await deployment.add(FakeWorker(role, deployment.oracle, deployment.fabric))
+        await deployment.connected()
+
+
 async def test_choices_end_one_by_one_and_only_the_last_message_has_usage(tmp_path: Path) -> None:
     script = (byte_ids("abcdef"), byte_ids("uv!"))
     async with router_deployment(tmp_path, oracle=script_oracle(*script)) as deployment:

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from paceline.grpc_options import INTERNAL_SERVER
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
 from paceline.request import (
     AttemptKey,
@@ -24,7 +25,7 @@ from paceline.request import (
 )
 from paceline.router.placement import Role, WorkerMember
 from paceline.v1 import inference_pb2
-from paceline.wire import MAX_MESSAGE_BYTES, pack_uint32, work_from_proto
+from paceline.wire import pack_uint32, work_from_proto
 
 Oracle = Callable[[Sequence[int], Sequence[int], int], int]
 BLOCK_TOKENS = 16
@@ -148,11 +149,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         return sum(len(running.sequences) for running in self.running.values())
 
     async def start(self) -> "FakeWorker":
-        options = (
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        )
-        self._server = grpc.aio.server(options=options)
+        self._server = grpc.aio.server(options=INTERNAL_SERVER)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, self._server)
         self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
         await self._server.start()

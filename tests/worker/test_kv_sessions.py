@@ -150,6 +150,20 @@ async def test_blocks_are_read_as_they_are_published_and_confirmed() -> None:
         assert [settled.key for settled in pair.leases.settle()] == [KEY]
 
 
+async def test_a_proxy_in_the_environment_does_not_stop_an_import(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    pair = Pair()
+    async with pair.run() as reader:
+        lease = pair.grant(1)
+        reader.begin(KEY, pair.peer, 16, [10], 0)
+        pair.publish(lease, Progress(16, FIRST))
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert "confirmed" in pair.heard.calls, pair.heard.reason
+
+
 async def test_a_subscription_may_come_before_the_grant() -> None:
     pair = Pair()
     async with pair.run() as reader:

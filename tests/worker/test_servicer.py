@@ -11,11 +11,11 @@ import grpc
 import pytest
 
 from paceline.failpoints import Failpoints
+from paceline.grpc_options import INTERNAL_SERVER
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
 from paceline.worker.core import LoadReport
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.mailbox import Mailbox
-from paceline.worker.process import SERVER_OPTIONS
 from paceline.worker.router_sessions import RouterSessions
 from paceline.worker.servicer import WorkerServicer
 
@@ -64,7 +64,7 @@ class Engine:
 async def run_worker() -> AsyncIterator[tuple[RecordingCore, Any]]:
     core = RecordingCore()
     engine = Engine(core)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc.aio.server(options=INTERNAL_SERVER)
     servicer = WorkerServicer(IDENTITY, core, engine.sessions, engine.mailbox, Failpoints())  # type: ignore[arg-type]
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
