@@ -44,7 +44,7 @@ def envelope_violations(
 def sampling_violations(sampling: SamplingParams, model: ServedModel) -> Iterator[FieldViolation]:
     """Yield every sampling parameter that is out of range."""
     for violation in sampling.violations(model.vocab_size):
-        yield FieldViolation(f"sampling.{violation.field}", violation.description)
+        yield violation._replace(field=f"sampling.{violation.field}")
 
 
 def prompt_violations(

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from paceline.request import AttemptKey, FailureReason, FinishReason, PhaseTimes
 from paceline.sampling_params import SamplingParams
 from paceline.v1 import inference_pb2
 from paceline.wire import (
+    WorkLimits,
     failure_reason_from_proto,
     failure_reason_to_proto,
     finish_reason_from_proto,
@@ -35,7 +37,7 @@ from paceline.wire import (
 )
 
 UINT32 = st.integers(0, 2**32 - 1)
-TOKEN = st.integers(0, 2**31 - 1)
+TOKEN = st.integers(0, 999)
 FLOAT32 = st.floats(width=32, allow_nan=False)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
@@ -60,6 +62,26 @@ SAMPLINGS = st.builds(
 )
 
 
+LIMITS = WorkLimits(vocab_size=1000, max_model_len=100)
+VALID_SAMPLINGS = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 2**31 - 1),
+    temperature=st.floats(0.0, 100.0, width=32),
+    top_k=st.integers(0, 1000),
+    top_p=st.floats(0.125, 1.0, width=32),
+    seed=st.integers(0, 2**64 - 1),
+    n=st.integers(1, 64),
+    logit_bias=st.dictionaries(
+        st.integers(0, 999), st.floats(-100.0, 100.0, width=32), max_size=4
+    ).map(lambda d: tuple(sorted(d.items()))),
+    logprobs=st.none() | st.integers(0, 20),
+    ignore_eos=st.booleans(),
+    min_tokens=st.integers(0, 2**31 - 1),
+    stop_token_ids=st.lists(st.integers(0, 999), max_size=4).map(tuple),
+    stop=st.lists(TEXT.filter(bool), max_size=3).map(tuple),
+)
+
+
 def make_work(
     choices: tuple[int, ...] = (0,), output: tuple[int, ...] = (), **sampling: object
 ) -> Work:
@@ -77,7 +99,7 @@ def make_work(
 
 def refused_fields(message: worker_pb2.Work) -> list[str]:
     with pytest.raises(InvalidRequestError) as caught:
-        work_from_proto(message)
+        work_from_proto(message, LIMITS)
     return [violation.field for violation in caught.value.violations]
 
 
@@ -166,11 +188,10 @@ def test_floats_stay_as_they_are_after_their_first_crossing() -> None:
 @given(
     request_id=TEXT.filter(bool),
     attempt=UINT32,
-    prompt=st.lists(TOKEN, min_size=1),
-    output=st.lists(TOKEN),
+    prompt=st.lists(TOKEN, min_size=1, max_size=50),
+    output=st.lists(TOKEN, max_size=50),
     num_choices=st.integers(1, 4),
-    sampling=SAMPLINGS,
-    seed=st.integers(0, 2**64 - 1),
+    sampling=VALID_SAMPLINGS,
     tenant=TEXT,
 )
 def test_work_comes_out_as_it_went_in_without_what_is_the_routers(
@@ -180,7 +201,6 @@ def test_work_comes_out_as_it_went_in_without_what_is_the_routers(
     output: list[int],
     num_choices: int,
     sampling: SamplingParams,
-    seed: int,
     tenant: str,
 ) -> None:
     work = Work(
@@ -189,11 +209,11 @@ def test_work_comes_out_as_it_went_in_without_what_is_the_routers(
         stream_ids=tuple(range(100, 100 + num_choices)),
         prompt=np.array(prompt, np.int32),
         output=np.array(output if num_choices == 1 else [], np.int32),
-        sampling=dataclasses.replace(sampling, seed=seed, max_tokens=3),
+        sampling=sampling,
         tenant=tenant,
     )
     message = worker_pb2.Work.FromString(work_to_proto(work).SerializeToString())
-    read = work_from_proto(message)
+    read = work_from_proto(message, LIMITS)
     for field in ("key", "choices", "stream_ids", "tenant"):
         assert getattr(read, field) == getattr(work, field)
     assert read.sampling == dataclasses.replace(work.sampling, stop=())
@@ -209,7 +229,15 @@ def test_work_comes_out_as_it_went_in_without_what_is_the_routers(
         ({"choices": [], "stream_ids": []}, "choices"),
         ({"stream_ids": [1, 2]}, "stream_ids"),
         ({"prompt_token_ids": []}, "prompt_token_ids"),
+        ({"prompt_token_ids": [1000]}, "prompt_token_ids"),
         ({"prompt_token_ids": [2**31]}, "prompt_token_ids"),
+        ({"prompt_token_ids": [1] * 101}, "prompt_token_ids"),
+        ({"choices": [64]}, "choices"),
+        ({"choices": [2**32 - 1]}, "choices"),
+        ({"choices": [3, 3], "stream_ids": [1, 2]}, "choices"),
+        ({"choices": [0, 1], "stream_ids": [7, 7]}, "stream_ids"),
+        ({"tenant": "t" * 1025}, "tenant"),
+        ({"request_id": "r" * 1025}, "request_id"),
         ({"output_token_ids": [2**32 - 1]}, "output_token_ids"),
         ({"choices": [0, 1], "stream_ids": [1, 2], "output_token_ids": [5]}, "output_token_ids"),
     ],
@@ -224,6 +252,43 @@ def test_work_that_breaks_a_promise_is_refused_by_field(
     assert refused_fields(message) == [field]
 
 
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"frequency_penalty": math.inf}, "frequency_penalty"),
+        ({"top_k": 1001}, "top_k"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"min_tokens": 2**31}, "min_tokens"),
+        ({"stop_token_ids": (1000,)}, "stop_token_ids"),
+        ({"stop_token_ids": (1,) * 65}, "stop_token_ids"),
+        ({"logit_bias": ((1000, 1.0),)}, "logit_bias"),
+        ({"logit_bias": ((1, -math.inf),)}, "logit_bias[1]"),
+        ({"logit_bias": tuple((token, 1.0) for token in range(1025))}, "logit_bias"),
+    ],
+)
+def test_work_whose_sampling_would_hurt_the_engine_is_refused_by_parameter(
+    parameters: dict[str, object], field: str
+) -> None:
+    assert refused_fields(work_to_proto(make_work(**parameters))) == [f"sampling.{field}"]
+
+
+def test_work_may_end_before_its_min_tokens_because_the_pools_can_be_the_limit() -> None:
+    work = make_work(min_tokens=6, max_tokens=5)
+    assert work_from_proto(work_to_proto(work), LIMITS).sampling == work.sampling
+
+
+def test_lists_that_are_too_long_are_refused_before_their_entries_are_read() -> None:
+    message = inference_pb2.SamplingParams(stop_token_ids=[2**32 - 1] * 1_000_000)
+    began_s = time.monotonic()
+    with pytest.raises(InvalidRequestError, match="has 1000000 entries, at most 64") as caught:
+        sampling_from_request(message)
+    assert time.monotonic() - began_s < 0.1
+    assert len(caught.value.violations) == 1
+
+
 def test_work_without_seed_or_length_is_refused() -> None:
     message = work_to_proto(make_work(seed=None, max_tokens=None))
     assert refused_fields(message) == ["sampling.seed", "sampling.max_tokens"]
@@ -233,6 +298,8 @@ def test_token_ids_name_their_field_when_wrong() -> None:
     assert token_ids_from_proto([], "ids").dtype == np.int32
     with pytest.raises(InvalidRequestError, match="ids: has the token id 2147483648"):
         token_ids_from_proto([1, 2**31], "ids")
+    with pytest.raises(InvalidRequestError, match="ids: has the token id 7, over 6"):
+        token_ids_from_proto([1, 7], "ids", vocab_size=7)
 
 
 def test_finish_reasons_are_those_of_the_proto_and_none_is_unspecified() -> None:

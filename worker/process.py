@@ -31,6 +31,7 @@ from paceline.kv_transfer.pool_memory import PoolMemory
 from paceline.kv_transfer.select import build_transport
 from paceline.kv_transfer.settings import KvSettings
 from paceline.kv_transfer.transport import LocalPool, Transport
+from paceline.wire import WorkLimits
 from paceline.worker.core import Core, LoadReport, Peer
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.kv_import import ImportListener
@@ -312,7 +313,12 @@ class WorkerProcess:
         )
         wired.connect(owner, self._reader)
         servicer = WorkerServicer(
-            parts.identity, wired.core, parts.sessions, parts.mailbox, parts.failpoints
+            parts.identity,
+            wired.core,
+            parts.sessions,
+            parts.mailbox,
+            parts.failpoints,
+            WorkLimits(parts.engine.config.vocab_size, parts.engine.max_model_len),
         )
         self._server = grpc.aio.server(options=INTERNAL_SERVER)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, self._server)

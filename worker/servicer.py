@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from paceline.errors import PacelineError
+from paceline.errors import FieldViolation, InvalidRequestError, PacelineError
 from paceline.failpoints import Failpoints
 from paceline.internal.v1 import worker_pb2 as wire_messages
 from paceline.internal.v1 import worker_pb2_grpc
 from paceline.request import AttemptKey
-from paceline.wire import work_from_proto
+from paceline.sampling_params import MAX_CHOICES
+from paceline.wire import MAX_NAME_CHARS, WorkLimits, work_from_proto
 from paceline.worker.core import Core, Peer
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.mailbox import Mailbox
@@ -31,12 +32,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         sessions: RouterSessions,
         mailbox: Mailbox,
         failpoints: Failpoints,
+        limits: WorkLimits,
     ) -> None:
         self._identity = identity
         self._core = core
         self._sessions = sessions
         self._mailbox = mailbox
         self._failpoints = failpoints
+        self._limits = limits
         self._numbers = itertools.count()
 
     async def Session(
@@ -105,29 +108,32 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> None:
         kind = request.WhichOneof("message")
         if kind == "prefill":
-            self._dispatch(number, request.prefill.work, _peer(request.prefill.reader), stream)
+            self._dispatch(number, request.prefill.work, request.prefill.reader, stream)
         elif kind == "admit":
-            has_source = request.admit.HasField("source")
-            source = _peer(request.admit.source) if has_source else None
+            source = request.admit.source if request.admit.HasField("source") else None
             self._dispatch(number, request.admit.work, source, stream)
         elif kind == "cancel":
             key = AttemptKey(request.cancel.request_id, request.cancel.attempt)
-            choices = tuple(request.cancel.choices)
+            # No work has more choices than this, so what follows names none.
+            choices = tuple(request.cancel.choices[:MAX_CHOICES])
             self._mailbox.post(lambda now: self._core.cancel(number, key, choices, now))
 
     def _dispatch(
         self,
         number: int,
         message: wire_messages.Work,
-        peer: Peer | None,
+        address: wire_messages.WorkerAddress | None,
         stream: SessionStream,
     ) -> None:
         try:
-            work = work_from_proto(message)
+            peer = None if address is None else _peer(address)
+            work = work_from_proto(message, self._limits)
         except PacelineError as error:
             # Refused alone: the session carries other requests.
             refusal = wire_messages.Admission(
-                request_id=message.request_id, attempt=message.attempt, message=str(error)
+                request_id=message.request_id[:MAX_NAME_CHARS],
+                attempt=message.attempt,
+                message=str(error),
             )
             stream.send(wire_messages.SessionResponse(admission=refusal))
             self._mailbox.post(lambda now: self._sessions.count_dispatch(number))
@@ -142,4 +148,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
 
 def _peer(address: wire_messages.WorkerAddress) -> Peer:
+    longest = max(len(address.worker_id), len(address.address))
+    if longest > MAX_NAME_CHARS:
+        raise InvalidRequestError(
+            FieldViolation("worker", f"has a name of {longest} characters, over {MAX_NAME_CHARS}")
+        )
     return Peer(address.worker_id, address.incarnation, address.address)

@@ -65,7 +65,18 @@ class SamplingParams:
         return self.temperature == 0.0
 
     def violations(self, vocab_size: int) -> Iterator[FieldViolation]:
-        """Yield every parameter that is out of its range, with the range."""
+        """Yield everything that is wrong with the parameters of a request."""
+        yield from self.out_of_range(vocab_size)
+        if self.max_tokens is not None and 0 < self.max_tokens < self.min_tokens:
+            yield FieldViolation(
+                "min_tokens", f"{self.min_tokens} is more than max_tokens, {self.max_tokens}"
+            )
+
+    def out_of_range(self, vocab_size: int) -> Iterator[FieldViolation]:
+        """Yield every parameter that is out of its range, with the range: what no worker takes.
+
+        The entries of a list that is too long are not looked at.
+        """
         yield from _out_of_range("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         yield from _out_of_range("temperature", self.temperature, 0.0, 100.0)
         yield from _out_of_range("top_k", self.top_k, 0, vocab_size)
@@ -79,13 +90,14 @@ class SamplingParams:
         if not 0.0 < self.top_p <= 1.0:
             yield FieldViolation("top_p", f"must be over 0 and at most 1, got {self.top_p}")
         yield from _out_of_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        if self.max_tokens is not None and 0 < self.max_tokens < self.min_tokens:
-            yield FieldViolation(
-                "min_tokens", f"{self.min_tokens} is more than max_tokens, {self.max_tokens}"
-            )
-        yield from _too_many("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
-        yield from _too_many("stop", len(self.stop), MAX_STOP_STRINGS)
-        yield from _too_many("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
+        too_long = list(
+            lists_too_long(len(self.stop_token_ids), len(self.stop), len(self.logit_bias))
+        )
+        yield from too_long
+        if not too_long:
+            yield from self._wrong_entries(vocab_size)
+
+    def _wrong_entries(self, vocab_size: int) -> Iterator[FieldViolation]:
         for number, stop in enumerate(self.stop):
             yield from _too_many(f"stop[{number}]", len(stop), MAX_STOP_CHARACTERS, "characters")
         if "" in self.stop:
@@ -98,6 +110,15 @@ class SamplingParams:
                 yield from _out_of_range(name, token, 0, vocab_size - 1)
         for token, bias in self.logit_bias:
             yield from _out_of_range(f"logit_bias[{token}]", bias, -100.0, 100.0)
+
+
+def lists_too_long(
+    num_stop_token_ids: int, num_stop_strings: int, num_logit_biases: int
+) -> Iterator[FieldViolation]:
+    """Yield which lists of a request have too many entries. Asked before the entries are read."""
+    yield from _too_many("stop_token_ids", num_stop_token_ids, MAX_STOP_TOKEN_IDS)
+    yield from _too_many("stop", num_stop_strings, MAX_STOP_STRINGS)
+    yield from _too_many("logit_bias", num_logit_biases, MAX_LOGIT_BIAS)
 
 
 def _out_of_range(

@@ -5,7 +5,7 @@ that a step's tokens cost a copy and not an object each. Floats are 32 bits wide
 has crossed it once stays as it is, so every worker computes with the same parameters.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from paceline.request import (
     TopLogprobs,
     Work,
 )
-from paceline.sampling_params import SamplingParams
+from paceline.sampling_params import MAX_CHOICES, SamplingParams, lists_too_long
 from paceline.v1 import inference_pb2
 
 Uint32Array = npt.NDArray[np.uint32]
@@ -33,6 +33,9 @@ MAX_TOKEN_ID = 2**31 - 1
 
 MAX_MESSAGE_BYTES = 64 << 20
 """What routers and workers accept from each other."""
+
+MAX_NAME_CHARS = 1024
+"""Of a name in a message. A request's has its client's 128, its router's and its choices'."""
 
 _DEFAULTS = SamplingParams()
 
@@ -98,15 +101,31 @@ def work_to_proto(work: Work) -> worker_pb2.Work:
     )
 
 
-def work_from_proto(message: worker_pb2.Work) -> Work:
-    """Read work, holding it to what `Work` promises. Raises InvalidRequestError."""
+class WorkLimits(NamedTuple):
+    """What a worker's model bounds."""
+
+    vocab_size: int
+    max_model_len: int
+
+
+def work_from_proto(message: worker_pb2.Work, limits: WorkLimits) -> Work:
+    """Read work. Raises InvalidRequestError for whatever would hurt the engine.
+
+    Counts are checked before anything is read.
+    """
+    if too_long := list(_work_too_long(message, limits)):
+        raise InvalidRequestError(*too_long)
     sampling = sampling_from_request(message.sampling)
     work = Work(
         key=AttemptKey(message.request_id, message.attempt),
         choices=tuple(message.choices),
         stream_ids=tuple(message.stream_ids),
-        prompt=token_ids_from_proto(message.prompt_token_ids, "prompt_token_ids"),
-        output=token_ids_from_proto(message.output_token_ids, "output_token_ids"),
+        prompt=token_ids_from_proto(
+            message.prompt_token_ids, "prompt_token_ids", limits.vocab_size
+        ),
+        output=token_ids_from_proto(
+            message.output_token_ids, "output_token_ids", limits.vocab_size
+        ),
         sampling=sampling,
         tenant=message.tenant,
     )
@@ -115,6 +134,17 @@ def work_from_proto(message: worker_pb2.Work) -> Work:
         for is_wrong, field, description in (
             (not work.key.request_id, "request_id", "is empty"),
             (not work.choices, "choices", "is empty"),
+            (
+                len(set(work.choices)) < len(work.choices)
+                or max(work.choices, default=0) >= MAX_CHOICES,
+                "choices",
+                f"are {work.choices}; each is from 0 to {MAX_CHOICES - 1}, and there once",
+            ),
+            (
+                len(set(work.stream_ids)) < len(work.stream_ids),
+                "stream_ids",
+                "name two choices alike",
+            ),
             (
                 len(work.stream_ids) != len(work.choices),
                 "stream_ids",
@@ -131,16 +161,37 @@ def work_from_proto(message: worker_pb2.Work) -> Work:
         )
         if is_wrong
     ]
+    violations += _of_sampling(sampling.out_of_range(limits.vocab_size))
     if violations:
         raise InvalidRequestError(*violations)
     return work
 
 
-def token_ids_from_proto(token_ids: Iterable[int], field: str) -> TokenIds:
-    """Read token ids; `field` names them in the error for an id that no vocabulary has."""
-    array = np.fromiter(token_ids, dtype=np.int64)
-    if array.size and array.max() > MAX_TOKEN_ID:
-        raise _violation(field, f"has the token id {array.max()}, over {MAX_TOKEN_ID}")
+def _work_too_long(message: worker_pb2.Work, limits: WorkLimits) -> Iterator[FieldViolation]:
+    for field, length, most, what in (
+        ("request_id", len(message.request_id), MAX_NAME_CHARS, "characters"),
+        ("tenant", len(message.tenant), MAX_NAME_CHARS, "characters"),
+        ("choices", len(message.choices), MAX_CHOICES, "entries"),
+        ("stream_ids", len(message.stream_ids), MAX_CHOICES, "entries"),
+    ):
+        if length > most:
+            yield FieldViolation(field, f"has {length} {what}, at most {most} are allowed")
+    num_tokens = len(message.prompt_token_ids) + len(message.output_token_ids)
+    if num_tokens > limits.max_model_len:
+        yield FieldViolation(
+            "prompt_token_ids",
+            f"are {num_tokens} with the output so far, model.max_model_len is "
+            f"{limits.max_model_len}",
+        )
+
+
+def token_ids_from_proto(
+    token_ids: Sequence[int], field: str, vocab_size: int = MAX_TOKEN_ID + 1
+) -> TokenIds:
+    """Read token ids; `field` names them in the error for an id outside the vocabulary."""
+    array = np.fromiter(token_ids, dtype=np.int64, count=len(token_ids))
+    if array.size and array.max() >= vocab_size:
+        raise _violation(field, f"has the token id {array.max()}, over {vocab_size - 1}")
     return array.astype(np.int32)
 
 
@@ -169,8 +220,12 @@ def sampling_from_request(message: inference_pb2.SamplingParams) -> SamplingPara
     """Read parameters; an unset field has the default of `SamplingParams`.
 
     Fields without `optional` in the proto have 0, empty or false as their default in both.
-    Nothing is checked: `SamplingParams.violations` does that.
+    Raises InvalidRequestError for a list that is too long to be read. All else is left to
+    `SamplingParams.violations`.
     """
+    counts = (len(message.stop_token_ids), len(message.stop), len(message.logit_bias))
+    if too_long := _of_sampling(lists_too_long(*counts)):
+        raise InvalidRequestError(*too_long)
 
     def given(field: str) -> bool:
         return message.HasField(field)  # type: ignore[arg-type]
@@ -271,6 +326,10 @@ def phase_times_from_proto(message: inference_pb2.PhaseTimes) -> PhaseTimes:
         kv_transfer_s=message.kv_transfer_s,
         decode_s=message.decode_s,
     )
+
+
+def _of_sampling(violations: Iterable[FieldViolation]) -> list[FieldViolation]:
+    return [violation._replace(field=f"sampling.{violation.field}") for violation in violations]
 
 
 def _violation(field: str, description: str) -> InvalidRequestError:

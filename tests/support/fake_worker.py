@@ -25,10 +25,11 @@ from paceline.request import (
 )
 from paceline.router.placement import Role, WorkerMember
 from paceline.v1 import inference_pb2
-from paceline.wire import pack_uint32, work_from_proto
+from paceline.wire import MAX_TOKEN_ID, WorkLimits, pack_uint32, work_from_proto
 
 Oracle = Callable[[Sequence[int], Sequence[int], int], int]
 BLOCK_TOKENS = 16
+LIMITS = WorkLimits(MAX_TOKEN_ID + 1, 2**31)
 
 
 def arithmetic_oracle(vocab_size: int) -> Oracle:
@@ -202,7 +203,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             else:
                 message = getattr(request, kind)
                 await self._dispatch(
-                    work_from_proto(message.work),
+                    work_from_proto(message.work, LIMITS),
                     needs_source=kind == "admit" and message.HasField("source"),
                     stream=stream,
                 )

@@ -1,6 +1,7 @@
 """The routers' streams of one worker, over real gRPC, with a core that writes down its calls."""
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -13,6 +14,8 @@ import pytest
 from paceline.failpoints import Failpoints
 from paceline.grpc_options import INTERNAL_SERVER
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
+from paceline.v1 import inference_pb2
+from paceline.wire import WorkLimits
 from paceline.worker.core import LoadReport
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.mailbox import Mailbox
@@ -20,6 +23,7 @@ from paceline.worker.router_sessions import RouterSessions
 from paceline.worker.servicer import WorkerServicer
 
 TIMEOUT_S = 20.0
+LIMITS = WorkLimits(vocab_size=1000, max_model_len=3_000_000)
 IDENTITY = WorkerIdentity("decode-0", 5, 100, 16, 8, 0, b"layout", "a layout")
 
 
@@ -65,7 +69,7 @@ async def run_worker() -> AsyncIterator[tuple[RecordingCore, Any]]:
     core = RecordingCore()
     engine = Engine(core)
     server = grpc.aio.server(options=INTERNAL_SERVER)
-    servicer = WorkerServicer(IDENTITY, core, engine.sessions, engine.mailbox, Failpoints())  # type: ignore[arg-type]
+    servicer = WorkerServicer(IDENTITY, core, engine.sessions, engine.mailbox, Failpoints(), LIMITS)  # type: ignore[arg-type]
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -140,12 +144,41 @@ async def test_work_that_makes_no_sense_is_refused_alone_and_the_session_goes_on
         await until(core, ("dispatch", "r", None))
 
 
+async def test_work_that_would_hurt_the_engine_never_reaches_it() -> None:
+    async with run_worker() as (core, stub):
+        call = stub.Session()
+        await call.write(hello())
+        await call.read()
+        reader = worker_pb2.WorkerAddress(worker_id="x" * 2000, address="127.0.0.1:1")
+        bad = [
+            admit(prompt_token_ids=[1000]),
+            admit(sampling=inference_pb2.SamplingParams(temperature=math.nan)),
+            admit(sampling=inference_pb2.SamplingParams(stop_token_ids=[2**32 - 1])),
+            admit(sampling=inference_pb2.SamplingParams(logit_bias={1000: 1.0})),
+            admit(request_id="r" * 100_000),
+            worker_pb2.SessionRequest(
+                admit=worker_pb2.Admit(work=admit().admit.work, source=reader)
+            ),
+        ]
+        for request in bad:
+            await call.write(request)
+        refusals = []
+        while len(refusals) < len(bad):
+            answer = await call.read()
+            refusals += [answer.admission] if answer.HasField("admission") else []
+        assert not any(refusal.admitted for refusal in refusals)
+        assert max(len(refusal.request_id) for refusal in refusals) == 1024
+        await call.write(admit())
+        await until(core, ("dispatch", "r", None))
+        assert len(core.calls) == 1
+
+
 async def test_the_longest_prompts_reach_the_engine() -> None:
     async with run_worker() as (core, stub):
         call = stub.Session()
         await call.write(hello())
         await call.read()
-        await call.write(admit(prompt_token_ids=[200_000] * 2_000_000))
+        await call.write(admit(prompt_token_ids=[999] * 2_000_000))
         await until(core, ("dispatch", "r", None))
 
 
