@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from paceline.decode_worker.attempts import AttemptState, OutputToken
+from paceline.decode_worker.attempts import Attempt, AttemptState, OutputToken
 from paceline.decode_worker.batch import Rows, RunningBatch
 from paceline.decode_worker.outbox import Outbox
 from paceline.decode_worker.outcomes import PrefilledAttempt
@@ -13,7 +13,7 @@ from paceline.decode_worker.planning import PlannedChunk, UnappliedStep
 from paceline.decode_worker.roster import Roster
 from paceline.engine.chunking import ChunkTime
 from paceline.engine.step_plan import Int32Array, StepResult
-from paceline.request import FinishReason, TopLogprobs
+from paceline.request import FailureReason, FinishReason, TopLogprobs
 from paceline.worker.step_output import StepOutput
 
 Uint8Array = npt.NDArray[np.uint8]
@@ -44,8 +44,10 @@ def take_samples(
     # Tokens of sequences that have ended since the step was planned are stored too: later steps may
     # have written their KV, and the departures cache it.
     roster.tables.tokens[step.sample_slots, step.token_positions] = result.token_ids
+    failed = _fail_sequences(step, result, roster, now)
     for chunk in step.chunks:
-        roster.cache_context(chunk.attempt, chunk.end)
+        if chunk.attempt not in failed:
+            roster.cache_context(chunk.attempt, chunk.end)
         _time_chunk(chunk, outbox, now)
     batch = roster.batch
     samples = _of_running(step, result, batch)
@@ -81,6 +83,26 @@ def _time_chunk(chunk: PlannedChunk, outbox: Outbox, now: float) -> None:
         attempt.running_s = now
         times = tuple(attempt.chunk_times)
         outbox.add_prefilled(PrefilledAttempt(attempt.work.key, attempt.session, times))
+
+
+def _fail_sequences(
+    step: UnappliedStep, result: StepResult, roster: Roster, now: float
+) -> set[Attempt]:
+    """Give sequences back for which no token could be chosen; keep their KV out of the cache."""
+    failed = set()
+    for number, message in result.failures.items():
+        row = roster.batch.row_of_slot[step.sample_slots[number]]
+        if row < 0:  # it has ended since the step was planned
+            continue
+        sequence = roster.batch.sequences[row]
+        attempt = sequence.attempt
+        # Before the confirmation, what was read may be garbage, and the model is not to blame.
+        is_confirmed = attempt.state is not AttemptState.UNCONFIRMED
+        reason = FailureReason.INTERNAL if is_confirmed else FailureReason.LEASE_LOST
+        roster.fail([sequence], reason, message, now, is_kv_good=False)
+        roster.forget_context(attempt)
+        failed.add(attempt)
+    return failed
 
 
 def _of_running(step: UnappliedStep, result: StepResult, batch: RunningBatch) -> _Samples:

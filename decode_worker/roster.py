@@ -111,28 +111,41 @@ class Roster:
             )
             attempt.num_cached_blocks = number + 1
 
+    def forget_context(self, attempt: Attempt) -> None:
+        """Take the context out of the prefix cache."""
+        self._prefix_cache.forget(attempt.chain)
+
     def finish(self, sequence: Sequence, num_output_tokens: int, now: float) -> None:
         """End a sequence whose last token is known."""
         self._leave(sequence, SequenceState.FINISHED)
         sequence.attempt.num_output_tokens += num_output_tokens
         self._close(sequence.attempt, now)
 
-    def give_up(self, sequences: list[Sequence], now: float) -> None:
+    def give_up(self, sequences: list[Sequence], now: float, *, is_kv_good: bool = True) -> None:
         """End open sequences of one attempt that nobody wants any more."""
         for sequence in sequences:
-            self._leave(sequence, SequenceState.GONE)
+            self._leave(sequence, SequenceState.GONE, is_kv_good=is_kv_good)
         if sequences:
             self._close(sequences[0].attempt, now)
 
     def fail(
-        self, sequences: list[Sequence], reason: FailureReason, message: str, now: float
+        self,
+        sequences: list[Sequence],
+        reason: FailureReason,
+        message: str,
+        now: float,
+        *,
+        is_kv_good: bool = True,
     ) -> None:
-        """Give open sequences of one attempt back to their router."""
+        """Give open sequences of one attempt back to their router.
+
+        is_kv_good: False if their KV must not enter the prefix cache.
+        """
         if sequences:
             stream_ids = tuple(sequence.stream_id for sequence in sequences)
             session = sequences[0].attempt.session
             self._outbox.add_failure(SequenceFailure(session, stream_ids, reason, message))
-            self.give_up(sequences, now)
+            self.give_up(sequences, now, is_kv_good=is_kv_good)
 
     def confirm(self, attempt: Attempt, now: float) -> None:
         """Report from now on, and what was held back first."""
@@ -199,14 +212,14 @@ class Roster:
         num_blocks = int(self.batch.capacities[row]) // self._limits.block_tokens
         return self.tables.blocks(sequence.slot, num_blocks)
 
-    def _leave(self, sequence: Sequence, state: SequenceState) -> None:
+    def _leave(self, sequence: Sequence, state: SequenceState, *, is_kv_good: bool = True) -> None:
         """Take everything from a sequence; what steps in flight may use goes to the departures."""
         attempt, before = sequence.attempt, sequence.state
         if before is SequenceState.RUNNING:
             row = self.batch.row_of(sequence)
             self.budget.promise(-int(self.batch.promised[row]) - sequence.num_copies_promised)
             sequence.num_copies_promised = 0
-            is_right = attempt.state is AttemptState.RUNNING
+            is_right = is_kv_good and attempt.state is AttemptState.RUNNING
             departure = Departure(
                 self.last_planned_step,
                 (sequence.slot,),

@@ -236,6 +236,19 @@ class PrefixCache:
                 # Every evictable block has cached children, and below each of them is one in use.
                 self._forget_subtree(next(iter(self._parents)))
 
+    def forget(self, chain: ChainPosition) -> None:
+        """Take all blocks before a place out of the cache, and what hangs on them.
+
+        For KV from which no token could be chosen: any of it may be damaged. Sequences that use
+        the blocks keep them.
+        """
+        block = chain.block
+        if block is None or not block.is_cached:
+            return
+        while block.parent is not None:
+            block = block.parent
+        self._forget_subtree(block)
+
     def check_integrity(self, checksum: Checksum | None = None) -> None:
         """Raise IntegrityError unless tree, queues and allocator agree. O(num_cached).
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from paceline.engine.step_plan import SlotStart
-from paceline.errors import ConfigError, IntegrityError
+from paceline.errors import ConfigError
 from paceline.kernels.sampling import MAX_VOCAB_SIZE
 from paceline.sampling_params import SamplingParams
 
@@ -46,16 +46,17 @@ def has_penalties(sampling: SamplingParams) -> bool:
     )
 
 
-def not_finite_error(largest: float, slot: int) -> IntegrityError:
-    return IntegrityError(
-        f"the model gave {largest} as the largest logit of slot {slot}, so no token can be chosen. "
-        "The weights are damaged, or the model overflows in this dtype: set model.dtype to "
-        "bfloat16 or float32."
+def not_finite(largest: float) -> str:
+    """Say why a row without a largest finite logit has no token."""
+    return (
+        f"the model gave {largest} as the largest logit, so no token can be chosen. The weights "
+        "are damaged, or the model overflows in this dtype: set model.dtype to bfloat16 or float32"
     )
 
 
-def none_allowed_error(vocab_size: int, slot: int) -> IntegrityError:
-    return IntegrityError(
-        f"none of the {vocab_size} tokens is allowed for slot {slot}: the mask of allowed tokens "
-        "and min_tokens leave nothing to sample"
+def none_allowed(vocab_size: int) -> str:
+    """Say why a row without an allowed token has none."""
+    return (
+        f"none of the {vocab_size} tokens is allowed: the mask of allowed tokens and min_tokens "
+        "leave nothing to sample"
     )

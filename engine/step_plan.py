@@ -94,6 +94,8 @@ class StepResult:
     """By sample number, only of the slots whose parameters ask for them."""
     ended_s: float = field(default_factory=time.monotonic)
     """time.monotonic() when the device had computed it, which may be long before one asks."""
+    failures: dict[int, str] = field(default_factory=dict)
+    """By sample number: why no token could be chosen. Its token id is then 0, and means nothing."""
 
 
 class StepHandle(Protocol):

@@ -132,6 +132,13 @@ class PrefillCore:
             self._routers.send_output(session, first_tokens_output(completed))
         for done in step.completed:
             self._complete(done, now)
+        for failed in step.failed:
+            # The router first: it must not hear of a lost lease before it hears why.
+            stream_ids = self._attempts[failed.key].work.stream_ids
+            self._routers.send_failure(
+                failed.session, stream_ids, FailureReason.INTERNAL, failed.message
+            )
+            self._end(failed.key, failed.message, now)
 
     def load(self, session: int, num_sessions: int) -> LoadReport:
         load = self._scheduler.load()

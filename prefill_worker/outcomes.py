@@ -55,6 +55,14 @@ class PrefillDone(Generic[SessionT]):
     chunk_times: tuple[ChunkTime, ...]
 
 
+class PrefillFailed(NamedTuple, Generic[SessionT]):
+    """A prompt from whose logits no token could be chosen; the scheduler has forgotten it."""
+
+    key: AttemptKey
+    session: SessionT
+    message: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefillStep(Generic[SessionT]):
     """What an applied step brought."""
@@ -62,6 +70,7 @@ class PrefillStep(Generic[SessionT]):
     progressed: tuple[PromptProgress, ...]
     """Prompts with further chunks to come."""
     completed: tuple[PrefillDone[SessionT], ...]
+    failed: tuple[PrefillFailed[SessionT], ...] = ()
 
 
 class PrefillLoad(NamedTuple):

@@ -18,6 +18,7 @@ from paceline.prefill_worker.outcomes import (
     Accepted,
     FirstSample,
     PrefillDone,
+    PrefillFailed,
     PrefillLoad,
     PrefillStep,
     PromptProgress,
@@ -171,19 +172,26 @@ class PrefillScheduler(Generic[SessionT]):
         step = self._in_flight.popleft()
         progressed: list[PromptProgress] = []
         completed: list[PrefillDone[SessionT]] = []
+        failed: list[PrefillFailed[SessionT]] = []
         for chunk in step.chunks:
             prompt = chunk.prompt
             prompt.num_steps_in_flight -= 1
             prompt.chunk_times.append(ChunkTime(chunk.num_tokens, step.planned_s, now))
             self._advance(prompt, chunk.num_tokens)
+            message = _failure(chunk, result)
+            if message is not None:
+                self._prefix_cache.forget(prompt.chain)
             if prompt.state is PromptState.CANCELLED:
                 continue
-            if chunk.first_sample is None:
+            if message is not None:
+                failed.append(PrefillFailed(prompt.work.key, prompt.session, message))
+                self.cancel(prompt.work.key)
+            elif chunk.first_sample is None:
                 progressed.append(PromptProgress(prompt.work.key, prompt.num_final))
             else:
                 completed.append(self._complete(chunk, chunk.first_sample, result))
         self._free_cancelled()
-        return PrefillStep(tuple(progressed), tuple(completed))
+        return PrefillStep(tuple(progressed), tuple(completed), tuple(failed))
 
     def load(self) -> PrefillLoad:
         computing = [p for p in self._prompts.values() if p.state is PromptState.COMPUTING]
@@ -317,3 +325,11 @@ class PrefillScheduler(Generic[SessionT]):
     def _return_slots(self, prompt: Prompt[SessionT]) -> None:
         self._free_slots.extend(prompt.slots)
         prompt.slots.clear()
+
+
+def _failure(chunk: _PlannedChunk[SessionT], result: StepResult) -> str | None:
+    """Say why a prompt has no first token; its choices share their logits and parameters."""
+    if chunk.first_sample is None or not result.failures:
+        return None
+    numbers = range(chunk.first_sample, chunk.first_sample + len(chunk.sampled))
+    return next((result.failures[n] for n in numbers if n in result.failures), None)

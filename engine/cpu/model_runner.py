@@ -27,6 +27,10 @@ class Sampled(Protocol):
     def logprobs(self) -> dict[int, TopLogprobs]:
         """By sample number."""
 
+    @property
+    def failures(self) -> dict[int, str]:
+        """By sample number."""
+
 
 class StepSampler(Protocol):
     """A sampler as the runner sees it: keeps each slot's parameters and tokens."""
@@ -98,4 +102,9 @@ class CpuModelRunner:
         )
         token_ids = sampled.token_ids.numpy()
         self._last_samples[plan.sample_slots] = token_ids
-        return StepResult(plan.step_id, token_ids.astype(np.int32), sampled.logprobs)
+        return StepResult(
+            plan.step_id,
+            token_ids.astype(np.int32),
+            sampled.logprobs,
+            failures=sampled.failures,
+        )

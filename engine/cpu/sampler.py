@@ -25,8 +25,8 @@ from paceline.engine.sampling_rules import (
     banned_token_ids,
     check_start,
     check_vocab_size,
-    none_allowed_error,
-    not_finite_error,
+    none_allowed,
+    not_finite,
 )
 from paceline.engine.step_plan import Int32Array, SlotStart
 from paceline.kernels.sampling import (
@@ -46,6 +46,8 @@ class SampledTokens(NamedTuple):
     """int32 [S], on the logits' device"""
     logprobs: dict[int, TopLogprobs]
     """By row, only of the slots whose parameters ask for them."""
+    failures: dict[int, str]
+    """By row: why it has no token; its token id is 0 and is not counted."""
 
 
 class _Biases(NamedTuple):
@@ -130,34 +132,33 @@ class Sampler:
         `logits` is [S, V] of any float dtype and is not changed; `slots` and `indices` (output
         index) are [S] on the CPU. `allowed_mask` is int32 [S, ceil(V / 32)]: token t of a row is
         allowed if bit t % 32 of its word t // 32 is 1. A slot has one row, unless its token
-        depends on nothing that another row of the call changes (penalties do). Raises
-        IntegrityError, with nothing counted, when a row has no largest finite logit or no allowed
-        token.
+        depends on nothing that another row of the call changes (penalties do). A row fails alone
+        when it has no largest finite logit or no allowed token.
         """
         if tuple(logits.shape) != (len(slots), self._vocab_size) or len(indices) != len(slots):
             raise ValueError(
                 f"got logits {list(logits.shape)} for {len(slots)} slots and "
                 f"{len(indices)} indices, expected [{len(slots)}, {self._vocab_size}]"
             )
-        plain = self._is_plain[slots] & (allowed_mask is None)
-        if plain.all():
-            chosen = self._choose_plain(logits, slots)
-        else:
-            chosen = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
-            if (rows := np.flatnonzero(plain)).size:
-                chosen[_index(rows, logits)] = self._choose_plain(_take(logits, rows), slots[rows])
-            rows = np.flatnonzero(~plain)
+        chosen = first_argmax(logits)
+        failures = _rows_not_finite(logits, chosen)
+        shaped = ~self._is_plain[slots] | (allowed_mask is not None)
+        shaped[list(failures)] = False
+        if (rows := np.flatnonzero(shaped)).size:
             allowed = None if allowed_mask is None else _take(allowed_mask, rows)
-            chosen[_index(rows, logits)] = self._choose_shaped(
+            tokens, has_some = self._choose_shaped(
                 _take(logits, rows), slots[rows], indices[rows], allowed
             )
-        self._seen_tokens.count(slots, chosen)
-        return SampledTokens(chosen.to(torch.int32), self._logprobs(logits, slots, chosen))
-
-    def _choose_plain(self, logits: torch.Tensor, slots: Int32Array) -> torch.Tensor:
-        chosen = first_argmax(logits)
-        self._check_finite(logits, chosen, slots)
-        return chosen
+            chosen[_index(rows, logits)] = tokens
+            failures |= {row: none_allowed(self._vocab_size) for row in rows[~has_some].tolist()}
+        good = np.ones(len(slots), np.bool_)
+        if failures:
+            good[list(failures)] = False
+            chosen[_index(np.flatnonzero(~good), logits)] = 0
+        counted = np.flatnonzero(good)
+        self._seen_tokens.count(slots[counted], _take(chosen, counted))
+        logprobs = self._logprobs(logits, slots, chosen, good)
+        return SampledTokens(chosen.to(torch.int32), logprobs, failures)
 
     def _choose_shaped(
         self,
@@ -165,9 +166,11 @@ class Sampler:
         slots: Int32Array,
         indices: Int32Array,
         allowed: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Choose for rows that are not plain; `logits` is a copy and may be changed."""
-        self._check_finite(logits, first_argmax(logits), slots)
+    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+        """Choose for rows that are not plain; say of each whether it has an allowed token.
+
+        `logits` are finite; they are a copy and may be changed.
+        """
         scores = logits.to(torch.float32)
         if allowed is not None:
             ban_disallowed_(scores, allowed)
@@ -175,14 +178,14 @@ class Sampler:
         self._seen_tokens.penalise_(scores, slots)
         chosen = first_argmax(scores)
         best = scores.gather(1, chosen.unsqueeze(1))
-        self._check_some_allowed(best, slots)
-        rows = np.flatnonzero(self._temperature[slots] > 0.0)
+        has_some: npt.NDArray[np.bool_] = (best > -torch.inf).squeeze(1).cpu().numpy()
+        rows = np.flatnonzero((self._temperature[slots] > 0.0) & has_some)
         if rows.size:
             if rows.size < len(slots):
                 scores, best = _take(scores, rows), _take(best, rows)
             # The best score becomes 0 before the division, so that no temperature overflows.
             chosen[_index(rows, scores)] = self._draw(scores.sub_(best), slots[rows], indices[rows])
-        return chosen
+        return chosen, has_some
 
     def _draw(self, scores: torch.Tensor, slots: Int32Array, indices: Int32Array) -> torch.Tensor:
         """Draw a token of each row at random; the best score of each is 0."""
@@ -203,9 +206,13 @@ class Sampler:
                 scores[row].index_fill_(0, banned, -torch.inf)
 
     def _logprobs(
-        self, logits: torch.Tensor, slots: Int32Array, chosen: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        slots: Int32Array,
+        chosen: torch.Tensor,
+        good: npt.NDArray[np.bool_],
     ) -> dict[int, TopLogprobs]:
-        rows = np.flatnonzero(self._wants_logprobs[slots])
+        rows = np.flatnonzero(self._wants_logprobs[slots] & good)
         if not rows.size:
             return {}
         table = torch.log_softmax(_take(logits, rows).to(torch.float32), dim=-1)
@@ -218,19 +225,15 @@ class Sampler:
             for i, (row, count) in enumerate(zip(rows.tolist(), counts, strict=True))
         }
 
-    def _check_finite(self, logits: torch.Tensor, largest: torch.Tensor, slots: Int32Array) -> None:
-        # NaN and inf are larger than everything, so they are the largest of a row that has any.
-        values = logits.gather(1, largest.unsqueeze(1)).squeeze(1)
-        if bool(values.isfinite().all()):
-            return
-        row = int((~values.isfinite()).nonzero()[0])
-        raise not_finite_error(values[row].item(), int(slots[row]))
 
-    def _check_some_allowed(self, best: torch.Tensor, slots: Int32Array) -> None:
-        if bool((best > -torch.inf).all()):
-            return
-        row = int((best == -torch.inf).nonzero()[0, 0])
-        raise none_allowed_error(self._vocab_size, int(slots[row]))
+def _rows_not_finite(logits: torch.Tensor, largest: torch.Tensor) -> dict[int, str]:
+    """Find the rows whose largest logit, at `largest`, is infinite or not a number."""
+    # NaN and inf are larger than everything, so they are the largest of a row that has any.
+    values = logits.gather(1, largest.unsqueeze(1)).squeeze(1)
+    if bool(values.isfinite().all()):
+        return {}
+    rows = (~values.isfinite()).nonzero().squeeze(1).tolist()
+    return {row: not_finite(values[row].item()) for row in rows}
 
 
 def _index(rows: npt.NDArray[np.intp], like: torch.Tensor) -> torch.Tensor:

@@ -167,7 +167,9 @@ class GpuModelRunner:
 
         def finish(ended_s: float) -> StepResult:
             samples = sampler.results(pinned, slots, with_logprobs=with_logprobs)
-            return StepResult(plan.step_id, samples.token_ids, samples.logprobs, ended_s)
+            return StepResult(
+                plan.step_id, samples.token_ids, samples.logprobs, ended_s, samples.failures
+            )
 
         return self._launched(finish)
 

@@ -19,8 +19,8 @@ from paceline.engine.gpu.slot_words import encode_starts
 from paceline.engine.sampling_rules import (
     check_start,
     check_vocab_size,
-    none_allowed_error,
-    not_finite_error,
+    none_allowed,
+    not_finite,
 )
 from paceline.engine.step_plan import Int32Array, SlotStart
 from paceline.errors import IntegrityError
@@ -62,6 +62,8 @@ class StepSamples(NamedTuple):
     """[S]"""
     logprobs: dict[int, TopLogprobs]
     """By sample number, only of the slots whose parameters ask for them."""
+    failures: dict[int, str]
+    """By sample number: why it has no token; its token id is 0."""
 
 
 class GpuSampler:
@@ -211,25 +213,29 @@ class GpuSampler:
         """Return what a step sampled for `slots`, its first rows.
 
         `words` begin with the host's copy of `result_words`; they may be overwritten afterwards.
-        Raises IntegrityError when a row has no largest finite logit or no allowed token.
+        A row fails alone when it has no largest finite logit or no allowed token.
         """
         sampled, num_samples = _sampled_rows(words, self.max_num_samples), len(slots)
         (wrong,) = np.nonzero(sampled.status[:num_samples].numpy() != STATUS_OK)
-        if len(wrong):
-            row = int(wrong[0])
-            if sampled.status[row] == STATUS_NOT_FINITE:
-                raise not_finite_error(float(sampled.largest[row]), int(slots[row]))
-            if sampled.status[row] == STATUS_NONE_ALLOWED:
-                raise none_allowed_error(self._vocab_size, int(slots[row]))
-            raise IntegrityError(
-                f"the draw for slot {int(slots[row])} gave none of the {self._vocab_size} tokens, "
-                "or was not made as its parameters want: a defect of the sampler"
-            )
+        failures = {row: self._failure(sampled, row, int(slots[row])) for row in wrong.tolist()}
         token_ids: Int32Array = sampled.token_ids[:num_samples].numpy().copy()
-        if not with_logprobs:
-            return StepSamples(token_ids, {})
-        logprobs = _token_logprobs(words, self.max_num_samples)
-        return StepSamples(token_ids, _top_logprobs(logprobs, num_samples))
+        token_ids[wrong] = 0
+        logprobs = {}
+        if with_logprobs:
+            top = _top_logprobs(_token_logprobs(words, self.max_num_samples), num_samples)
+            logprobs = {row: found for row, found in top.items() if row not in failures}
+        return StepSamples(token_ids, logprobs, failures)
+
+    def _failure(self, sampled: SampledRows, row: int, slot: int) -> str:
+        status = int(sampled.status[row])
+        if status == STATUS_NOT_FINITE:
+            return not_finite(float(sampled.largest[row]))
+        if status == STATUS_NONE_ALLOWED:
+            return none_allowed(self._vocab_size)
+        raise IntegrityError(
+            f"the draw for slot {slot} gave none of the {self._vocab_size} tokens, or was not made "
+            "as its parameters want: a defect of the sampler"
+        )
 
 
 def _sampled_rows(words: torch.Tensor, num_rows: int) -> SampledRows:

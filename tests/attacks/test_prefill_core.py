@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from prefill_simulation import PrefillSimulation, make_work
 
 from paceline.failpoints import Failpoints
@@ -188,4 +189,21 @@ def test_lease_that_expires_while_its_prompt_is_computed_frees_all_and_tells_the
     worker.core.tick(worker.now)
     assert worker.routers.failures == [(100,)]
     assert not worker.confirm(key)
+    worker.assert_empty()
+
+
+def test_a_prompt_without_a_first_token_fails_alone_and_its_router_hears_why() -> None:
+    worker = Worker()
+    worker.simulation.runner.has_no_token = lambda tokens, index: tokens[0] == 13
+    bad = worker.dispatch(1, prompt=[13] * 40, request_id="bad", choices=(0, 1))
+    good = worker.dispatch(1, request_id="good")
+    worker.run()
+    assert worker.routers.failures == [(100, 101)]
+    assert len(worker.routers.tokens) == 1
+    lease = worker.leases.find(bad)
+    assert lease is not None
+    assert lease.state is LeaseState.REVOKED
+    assert "nan" in lease.reason
+    assert worker.simulation.prefix_cache.num_matching_blocks(np.full(40, 13, np.int32), "") == 0
+    assert worker.confirm(good)
     worker.assert_empty()

@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 from decode_simulation import BLOCK_TOKENS, GREEDY, DecodeSimulation
 
@@ -387,3 +388,38 @@ def test_an_import_whose_context_is_cached_needs_no_reads() -> None:
     assert second.num_cached_tokens == len(prompt)
     simulation.run_to_end()
     simulation.assert_complete(second)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("index", [0, 1, 5])
+@pytest.mark.parametrize("has_source", [True, False])
+def test_a_sequence_without_a_next_token_fails_alone(
+    depth: int, index: int, has_source: bool
+) -> None:
+    if has_source and index == 0:
+        pytest.skip("the prefill worker samples the first token")
+    simulation = DecodeSimulation(depth=depth)
+    simulation.runner.has_no_token = lambda tokens, at: tokens[0] == 13 and at == index
+    bad = simulation.run("bad", [13] * 10, has_source=has_source, choices=(0, 1), sampling=SEEDED)
+    good = simulation.run("good", PROMPT, has_source=has_source, sampling=SEEDED)
+    simulation.run_to_end()
+    assert bad.failures == [FailureReason.INTERNAL] * 2
+    assert [len(output) for output in bad.outputs.values()] == [index] * 2
+    simulation.assert_complete(good)
+    context = np.array([13] * 10, np.int32)
+    assert simulation.prefix_cache.num_matching_blocks(context, "") == 0
+    simulation.assert_nothing_left()
+
+
+def test_before_its_confirmation_a_sequence_without_a_token_counts_as_lost() -> None:
+    """What was read may be garbage then, and the model is not to blame."""
+    simulation = DecodeSimulation()
+    simulation.runner.has_no_token = lambda tokens, at: at == 1
+    work = simulation.make_work("r", PROMPT, sampling=SEEDED)
+    simulation.admit(work)
+    simulation.import_all(work.key)
+    simulation.step()
+    simulation.take_output()
+    assert simulation.dispatches[work.key].failures == [FailureReason.LEASE_LOST]
+    simulation.end_import(work.key)
+    simulation.assert_nothing_left()

@@ -144,6 +144,8 @@ class SimulatedRunner:
         self.pool: KvArray = np.zeros((num_blocks, block_tokens), dtype=np.uint64)
         self.num_blocks_copied = 0
         self.runs_late = runs_late
+        self.has_no_token: Callable[[list[int], int], bool] = lambda tokens, index: False
+        """Whether no token can be chosen after `tokens`, for output index `index`."""
         self._slots: dict[int, _Sequence] = {}
         self._last_step_id: int | None = None
         self._unfinished: list[SimulatedHandle] = []
@@ -320,6 +322,7 @@ class SimulatedRunner:
     def _sample(self, plan: StepPlan, rows: list[tuple[int, int]]) -> StepResult:
         token_ids = np.empty(len(plan.sample_slots), dtype=np.int32)
         logprobs: dict[int, TopLogprobs] = {}
+        failures: dict[int, str] = {}
         samples = zip(
             plan.sample_positions.tolist(),
             plan.sample_slots.tolist(),
@@ -339,6 +342,11 @@ class SimulatedRunner:
                 index == sequence.next_index,
                 f"slot {slot} samples index {index}, its next is {sequence.next_index}",
             )
+            if self.has_no_token(sequence.tokens, index):
+                failures[number] = "the model gave nan as the largest logit"
+                token_ids[number] = 0
+                sequence.append(0)
+                continue
             sampling = sequence.sampling
             token = self.model.sample(sequence.kv[-1], sampling, sequence.choice, index)
             token_ids[number] = token
@@ -346,7 +354,7 @@ class SimulatedRunner:
                 top = tuple((token + i) % self.model.vocab_size for i in range(sampling.logprobs))
                 logprobs[number] = TopLogprobs(-0.5, top, tuple(-0.5 - i for i in range(len(top))))
             sequence.append(token)
-        return StepResult(plan.step_id, token_ids, logprobs)
+        return StepResult(plan.step_id, token_ids, logprobs, failures=failures)
 
 
 def _require(holds: bool, message: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from paceline.engine.cpu.random_stream import RandomStreams
 from paceline.engine.cpu.sampler import Sampler
 from paceline.engine.step_plan import SlotStart
-from paceline.errors import ConfigError, IntegrityError
+from paceline.errors import ConfigError
 from paceline.kernels.sampling import HEAD_NATS, MAX_VOCAB_SIZE, TAIL_DRAW
 from paceline.sampling_params import SamplingParams
 
@@ -47,6 +47,19 @@ def sample(
     indices: Sequence[int],
     allowed_mask: torch.Tensor | None = None,
 ) -> list[int]:
+    """Sample rows that all have a token."""
+    tokens, failures = sample_all(sampler, logits, slots, indices, allowed_mask)
+    assert not failures
+    return tokens
+
+
+def sample_all(
+    sampler: Sampler,
+    logits: torch.Tensor,
+    slots: Sequence[int],
+    indices: Sequence[int],
+    allowed_mask: torch.Tensor | None = None,
+) -> tuple[list[int], dict[int, str]]:
     before = logits.clone()
     result = sampler.sample(
         logits, np.array(slots, np.int32), np.array(indices, np.int32), allowed_mask
@@ -54,7 +67,7 @@ def sample(
     assert torch.equal(logits.nan_to_num(), before.nan_to_num())
     assert result.token_ids.dtype == torch.int32
     tokens: list[int] = result.token_ids.tolist()
-    return tokens
+    return tokens, result.failures
 
 
 def make_logits(seed: int, num_rows: int, vocab_size: int, scale: float = 3.0) -> torch.Tensor:
@@ -292,39 +305,46 @@ def test_only_allowed_tokens_are_sampled_in_every_mode() -> None:
     assert sample(sampler, logits, [0, 1, 2], [0, 0, 0], mask) == [31, 35, 35]
 
 
-def test_a_mask_that_allows_nothing_is_an_error() -> None:
+@pytest.mark.parametrize("sampling", [GREEDY, RANDOM, dataclasses.replace(RANDOM, top_p=0.5)])
+def test_a_row_whose_mask_allows_nothing_fails_alone(sampling: SamplingParams) -> None:
     sampler = make_sampler(40)
-    start(sampler, 0, GREEDY)
-    with pytest.raises(IntegrityError, match="none of the 40 tokens is allowed for slot 0"):
-        sample(sampler, make_logits(1, 1, 40), [0], [0], torch.zeros(1, 2, dtype=torch.int32))
+    for slot in (0, 1):
+        start(sampler, slot, sampling)
+    mask = torch.zeros(2, 2, dtype=torch.int32)
+    mask[1, 0] = 1 << 7
+    tokens, failures = sample_all(sampler, make_logits(1, 2, 40), [0, 1], [0, 0], mask)
+    assert tokens == [0, 7]
+    assert list(failures) == [0]
+    assert "none of the 40 tokens is allowed" in failures[0]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM, dataclasses.replace(RANDOM, top_p=0.5)])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_without_a_largest_finite_one_are_an_error(
+def test_a_row_without_a_largest_finite_logit_fails_alone(
     sampling: SamplingParams, bad: float, dtype: torch.dtype
 ) -> None:
     sampler = make_sampler(200)
     start(sampler, 3, sampling)
-    start(sampler, 4, GREEDY)
+    start(sampler, 4, dataclasses.replace(sampling, logprobs=1))
     logits = make_logits(15, 2, 200).to(dtype)
+    (alone,) = sample(sampler, logits[1:], [4], [0])
     logits[0, 150 if bad != -math.inf else slice(None)] = bad
-    with pytest.raises(IntegrityError, match=rf"gave {bad} as the largest logit of slot 3,"):
-        sample(sampler, logits, [3, 4], [0, 0])
+    tokens, failures = sample_all(sampler, logits, [3, 4], [0, 0])
+    assert tokens == [0, alone]
+    assert list(failures) == [0]
+    assert f"gave {bad} as the largest logit" in failures[0]
 
 
-def test_nothing_is_counted_when_a_row_is_an_error() -> None:
+def test_nothing_is_counted_for_a_row_that_fails() -> None:
     sampler = make_sampler(10)
     start(sampler, 0, dataclasses.replace(GREEDY, presence_penalty=2.0))
-    start(sampler, 1, GREEDY)
-    logits = torch.zeros(2, 10)
-    logits[0, 4] = 1.0
-    logits[1, 0] = math.nan
-    with pytest.raises(IntegrityError):
-        sample(sampler, logits, [0, 1], [0, 0])
-    assert sample(sampler, logits[:1], [0], [0]) == [4]
-    assert sample(sampler, logits[:1], [0], [1]) == [0]
+    logits = torch.zeros(1, 10)
+    logits[0, 0] = 1.0
+    _, failures = sample_all(sampler, torch.full((1, 10), math.nan), [0], [0])
+    assert failures
+    assert sample(sampler, logits, [0], [0]) == [0]
+    assert sample(sampler, logits, [0], [1]) == [1]
 
 
 def test_some_logits_may_be_minus_infinity() -> None:
