@@ -71,7 +71,8 @@ class DecodeCore:
             self.importer.begin(work.key, peer, work.num_tokens, answer.block_ids, num_cached)
 
     def cancel(self, session: int, key: AttemptKey, choices: tuple[int, ...], now: float) -> None:
-        self._scheduler.cancel(key, choices, now=now)
+        if self._sessions.get(key) == session:
+            self._scheduler.cancel(key, choices, now=now)
 
     def end_session(self, session: int, now: float) -> None:
         self._scheduler.end_session(session, now)

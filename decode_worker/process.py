@@ -64,5 +64,5 @@ def _no_reader_lost(reader: str, now: float) -> None:
     """A decode worker grants no lease (migration comes later), so nothing was this reader's."""
 
 
-def _no_release(key: AttemptKey, now: float) -> None:
+def _no_release(reader: str, key: AttemptKey, now: float) -> None:
     """See `_no_reader_lost`."""

@@ -81,12 +81,12 @@ class DecodeScheduler:
         """Take the work with everything it needs, or refuse it and keep nothing.
 
         With a source, reads may write the blocks after the cached ones until `imported` or
-        `import_ended`. A newer attempt ends an older one of the same choices; an older one is
-        refused.
+        `import_ended`. A newer attempt ends an older one of the same choices and session; an older
+        one is refused.
         """
         if self._is_draining:
             return Refused(FailureReason.DRAINING, "this decode worker is draining")
-        message = self._supersede(work, now)
+        message = self._supersede(work, session, now)
         if message is not None:
             return Refused(FailureReason.REFUSED, message)
         conditions = StopConditions.of(
@@ -276,14 +276,16 @@ class DecodeScheduler:
 
     # Parts of admission.
 
-    def _supersede(self, work: Work, now: float) -> str | None:
-        """End older attempts of the work's choices; say so if this is itself not the newest."""
+    def _supersede(self, work: Work, session: int, now: float) -> str | None:
+        """End older attempts of the work's choices, or say why this one may not replace them."""
         key = work.key
         if key in self._roster.attempts or key in self._roster.draining_imports:
             return f"attempt {key.attempt} of {key.request_id} is here already"
         found = [self._roster.open_sequence(key.request_id, choice) for choice in work.choices]
         earlier = [sequence for sequence in found if sequence is not None]
         for sequence in earlier:
+            if sequence.attempt.session != session:
+                return f"another session has work here under the name {key.request_id}"
             number = sequence.attempt.work.key.attempt
             if number > key.attempt:
                 return f"attempt {key.attempt} of {key.request_id} is older than {number}, now here"

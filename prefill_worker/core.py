@@ -64,8 +64,8 @@ class PrefillCore:
             why = "this worker is draining" if self._draining else "prefill needs a reader"
             self._answer(session, work, admitted=False, message=why)
             return
-        if self._is_superseded(work):
-            self._answer(session, work, admitted=False, message="a newer attempt runs here")
+        if message := self._reason_to_refuse(session, work):
+            self._answer(session, work, admitted=False, message=message)
             return
         self._end_older(work, now)
         accepted = self._scheduler.add(work, session, now)
@@ -82,7 +82,7 @@ class PrefillCore:
 
     def cancel(self, session: int, key: AttemptKey, choices: tuple[int, ...], now: float) -> None:
         attempt = self._attempts.get(key)
-        if attempt is None:
+        if attempt is None or attempt.session != session:
             return
         attempt.wanted.difference_update(choices or attempt.work.choices)
         if attempt.wanted:
@@ -103,9 +103,11 @@ class PrefillCore:
         for lease in self._leases.revoke_reader(reader, "the reader's session ended", now):
             self._fail(lease, now)
 
-    def released(self, key: AttemptKey, now: float) -> None:
-        """The reader gave a lease back unused."""
-        self._end(key, "the reader released it", now)
+    def released(self, reader: str, key: AttemptKey, now: float) -> None:
+        """A reader gave a lease back unused; only its own."""
+        attempt = self._attempts.get(key)
+        if attempt is not None and attempt.lease.reader == reader:
+            self._end(key, "the reader released it", now)
 
     def tick(self, now: float) -> None:
         for lease in self._leases.settle():
@@ -167,14 +169,20 @@ class PrefillCore:
         self._leases.check_integrity()
 
     def _rivals(self, work: Work) -> Iterator[AttemptKey]:
-        """Attempts here at the same choices of the same request."""
+        """Attempts here of the same name, or at the same choices of the same request."""
         for key, attempt in self._attempts.items():
             same_request = key.request_id == work.key.request_id
-            if same_request and not set(work.choices).isdisjoint(attempt.work.choices):
+            shares_choices = not set(work.choices).isdisjoint(attempt.work.choices)
+            if same_request and (shares_choices or key == work.key):
                 yield key
 
-    def _is_superseded(self, work: Work) -> bool:
-        return any(key.attempt >= work.key.attempt for key in self._rivals(work))
+    def _reason_to_refuse(self, session: int, work: Work) -> str | None:
+        rivals = list(self._rivals(work))
+        if any(self._attempts[key].session != session for key in rivals):
+            return f"another session has work here under the name {work.key.request_id}"
+        if any(key.attempt >= work.key.attempt for key in rivals):
+            return "a newer attempt runs here"
+        return None
 
     def _end_older(self, work: Work, now: float) -> None:
         for key in list(self._rivals(work)):

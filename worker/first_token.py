@@ -1,5 +1,6 @@
 """First tokens of a lease as messages."""
 
+from paceline.errors import TransferError
 from paceline.internal.v1 import kv_pb2
 from paceline.kv_transfer.lease import FirstToken
 from paceline.v1 import inference_pb2
@@ -21,7 +22,13 @@ def first_token_to_proto(token: FirstToken) -> kv_pb2.FirstToken:
     return message
 
 
-def first_token_from_proto(message: kv_pb2.FirstToken) -> FirstToken:
+def first_token_from_proto(message: kv_pb2.FirstToken, vocab_size: int) -> FirstToken:
+    """Read a first token. Raises TransferError for one that would end the engine."""
+    if message.token_id >= vocab_size:
+        raise TransferError(
+            f"the first token of choice {message.choice} is {message.token_id}, the vocabulary has "
+            f"{vocab_size}"
+        )
     ended = message.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED
     return FirstToken(
         message.choice,

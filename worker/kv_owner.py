@@ -54,7 +54,7 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
         transport: Transport,
         mailbox: Mailbox,
         on_reader_lost: Callable[[str, float], None],
-        on_released: Callable[[AttemptKey, float], None],
+        on_released: Callable[[str, AttemptKey, float], None],
         failpoints: Failpoints,
     ) -> None:
         self._identity = identity
@@ -168,7 +168,7 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
         elif kind == "release":
             key = AttemptKey(request.release.request_id, request.release.attempt)
             session.subscriptions.pop(key, None)
-            self._mailbox.post(lambda now: self._on_released(key, now))
+            self._mailbox.post(lambda now: self._on_released(session.reader, key, now))
         elif kind == "transport":
             peer.on_message(request.transport.payload)
 

@@ -40,6 +40,7 @@ class KvReader:
         *,
         heartbeat_s: float,
         verdict_timeout_s: float,
+        vocab_size: int,
     ) -> None:
         self._identity = identity
         self._transport = transport
@@ -47,6 +48,7 @@ class KvReader:
         self._failpoints = failpoints
         self._heartbeat_s = heartbeat_s
         self._verdict_timeout_s = verdict_timeout_s
+        self._vocab_size = vocab_size
         self._loop = asyncio.get_running_loop()
         self._links: dict[str, OwnerLink] = {}
         self._owners: dict[AttemptKey, str] = {}
@@ -98,6 +100,7 @@ class KvReader:
                 self._failpoints,
                 heartbeat_s=self._heartbeat_s,
                 verdict_timeout_s=self._verdict_timeout_s,
+                vocab_size=self._vocab_size,
                 on_closed=self._forget_link,
                 on_quiet=self._forget_import,
             )
@@ -134,6 +137,7 @@ class OwnerLink:
         *,
         heartbeat_s: float,
         verdict_timeout_s: float,
+        vocab_size: int,
         on_closed: Callable[["OwnerLink"], None],
         on_quiet: Callable[[AttemptKey], None],
     ) -> None:
@@ -143,6 +147,7 @@ class OwnerLink:
         self._failpoints = failpoints
         self._heartbeat_s = heartbeat_s
         self._verdict_timeout_s = verdict_timeout_s
+        self._vocab_size = vocab_size
         self._on_closed = on_closed
         self._on_quiet = on_quiet
         self._loop = asyncio.get_running_loop()
@@ -278,7 +283,9 @@ class OwnerLink:
             lease_id=update.lease_id,
             block_ids=unpack_uint32(update.block_ids).tolist(),
             num_tokens=update.num_tokens,
-            first_tokens=tuple(first_token_from_proto(message) for message in update.first_tokens),
+            first_tokens=tuple(
+                first_token_from_proto(message, self._vocab_size) for message in update.first_tokens
+            ),
         )
         had_ended = found.has_ended
         read = found.take_news(news)

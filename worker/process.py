@@ -31,6 +31,7 @@ from paceline.kv_transfer.pool_memory import PoolMemory
 from paceline.kv_transfer.select import build_transport
 from paceline.kv_transfer.settings import KvSettings
 from paceline.kv_transfer.transport import LocalPool, Transport
+from paceline.request import AttemptKey
 from paceline.wire import WorkLimits
 from paceline.worker.core import Core, LoadReport, Peer
 from paceline.worker.identity import WorkerIdentity
@@ -114,7 +115,7 @@ class WiredCore(NamedTuple):
     """Called once on the io thread, before the server listens."""
     import_listener: ImportListener
     on_reader_lost: Callable[[str, float], None]
-    on_released: Callable[..., None]
+    on_released: Callable[[str, AttemptKey, float], None]
 
 
 class WorkerProcess:
@@ -310,6 +311,7 @@ class WorkerProcess:
             parts.failpoints,
             heartbeat_s=self.spec.kv.heartbeat_s,
             verdict_timeout_s=self.spec.kv.read_timeout_s,
+            vocab_size=parts.engine.config.vocab_size,
         )
         wired.connect(owner, self._reader)
         servicer = WorkerServicer(

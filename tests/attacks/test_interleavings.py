@@ -236,6 +236,7 @@ class SimDecode(SimWorker):
             Failpoints(),
             heartbeat_s=1.0,
             verdict_timeout_s=10.0,
+            vocab_size=2**31,
         )
         reader._loop = self.loop
         self.reader = reader

@@ -73,12 +73,13 @@ class Worker:
         prompt: Sequence[int] = tuple(PROMPT),
         max_tokens: int = 20,
         request_id: str = "r",
+        session: int = 1,
     ) -> AttemptKey:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=1)
         work = make_work(
             request_id, prompt, attempt=attempt, choices=tuple(choices), sampling=sampling
         )
-        self.core.dispatch(1, work, READER, self.now)
+        self.core.dispatch(session, work, READER, self.now)
         return work.key
 
     def round(self, *, with_tick: bool = True) -> None:
@@ -175,7 +176,7 @@ def test_lost_reader_session_between_confirm_and_settle_keeps_the_verdict() -> N
     worker.run()
     assert worker.confirm(key)
     worker.core.reader_lost(READER.name, worker.now)
-    worker.core.released(key, worker.now)
+    worker.core.released(READER.name, key, worker.now)
     assert worker.confirm(key)
     assert not worker.routers.failures
     worker.assert_empty()
@@ -206,4 +207,28 @@ def test_a_prompt_without_a_first_token_fails_alone_and_its_router_hears_why() -
     assert "nan" in lease.reason
     assert worker.simulation.prefix_cache.num_matching_blocks(np.full(40, 13, np.int32), "") == 0
     assert worker.confirm(good)
+    worker.assert_empty()
+
+
+def test_a_session_can_neither_cancel_nor_replace_the_work_of_another() -> None:
+    worker = Worker()
+    key = worker.dispatch(1)
+    worker.core.cancel(2, key, (), worker.now)
+    for attempt, choices in ((1, (0,)), (2, (0,)), (1, (1,))):
+        worker.dispatch(attempt, choices=choices, session=2)
+        _, admitted, message = worker.routers.admissions[-1]
+        assert not admitted
+        assert message == "another session has work here under the name r"
+    worker.core.end_session(2, worker.now)
+    worker.run()
+    assert worker.confirm(key)
+    worker.assert_empty()
+
+
+def test_a_reader_can_release_only_its_own_leases() -> None:
+    worker = Worker()
+    key = worker.dispatch(1)
+    worker.core.released("decode-1.1", key, worker.now)
+    worker.run()
+    assert worker.confirm(key)
     worker.assert_empty()

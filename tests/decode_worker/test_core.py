@@ -1,4 +1,4 @@
-"""What a decode worker tells its routers, from steps at given times."""
+"""What a decode worker takes from its routers' sessions, and what it tells them."""
 
 import pytest
 from decode_simulation import DecodeSimulation
@@ -59,3 +59,17 @@ def test_a_prompt_that_is_cancelled_while_its_last_chunk_runs_is_not_reported() 
     core.cancel(1, work.key, (), 3.0)
     core.apply(simulation.runner.launch(plan).result(), 4.0)
     assert routers.calls == ["admission"]
+
+
+def test_a_session_can_cancel_only_its_own_work() -> None:
+    simulation = DecodeSimulation()
+    core = make_core(simulation, RecordingRouters())
+    work = simulation.make_work("r", list(range(10, 20)))
+    core.dispatch(1, work, None, 0.0)
+    core.cancel(2, work.key, (), 0.0)
+    simulation.scheduler.tidy()
+    assert not core.is_idle
+    core.cancel(1, work.key, (), 0.0)
+    core.tick(0.0)
+    simulation.scheduler.tidy()
+    assert core.is_idle

@@ -19,4 +19,4 @@ from paceline.worker.first_token import first_token_from_proto, first_token_to_p
 )
 def test_a_first_token_comes_out_as_it_went_in(token: FirstToken) -> None:
     encoded = first_token_to_proto(token).SerializeToString()
-    assert first_token_from_proto(kv_pb2.FirstToken.FromString(encoded)) == token
+    assert first_token_from_proto(kv_pb2.FirstToken.FromString(encoded), 100) == token

@@ -104,6 +104,7 @@ class Pair:
             Failpoints(),
             heartbeat_s=0.05,
             verdict_timeout_s=TIMEOUT_S,
+            vocab_size=100,
         )
 
     @asynccontextmanager
@@ -118,7 +119,7 @@ class Pair:
             self.owner_pool.transport,
             self.mailbox,
             lambda reader, now: self.lost_readers.append(reader),
-            lambda key, now: self.released.append(key),
+            lambda reader, key, now: self.released.append(key),
             Failpoints(),
         )
         self.server = grpc.aio.server()
@@ -172,6 +173,17 @@ async def test_a_subscription_may_come_before_the_grant() -> None:
         await pair.until(lambda: link._connection is not None)
         pair.publish(pair.grant(1), Progress(16, FIRST))
         await pair.until(lambda: "confirmed" in pair.heard.calls)
+
+
+async def test_a_first_token_outside_the_vocabulary_never_reaches_the_engine() -> None:
+    pair = Pair()
+    async with pair.run() as reader:
+        lease = pair.grant(1)
+        reader.begin(KEY, pair.peer, 16, [10], 0)
+        pair.publish(lease, Progress(16, (FirstToken(0, 100),)))
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert "imported" not in pair.heard.calls
+        assert "the first token of choice 0 is 100" in pair.heard.reason
 
 
 async def test_a_lease_revoked_before_the_confirmation_is_lost() -> None:
