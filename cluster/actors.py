@@ -30,12 +30,14 @@ from paceline.cluster.process_state import ProcessName, ProcessState
 from paceline.cluster.ray_launcher import RayLauncher
 from paceline.cluster.resources import pool_settings
 from paceline.cluster.settings import DeploymentSettings
-from paceline.errors import PacelineError, cause_of
+from paceline.errors import PacelineError, cause_of, clip
 
 logger = logging.getLogger(__name__)
 
 CONTROLLER_NAME = "controller"
 SHUT_DOWN_TIMEOUT_S = 60.0
+MAX_LOG_CHARS = 16_384
+"""Of one log line; room for a long traceback."""
 
 
 class ProcessActor:
@@ -234,10 +236,15 @@ class ControllerActor:
         ]
 
 
+class _BoundedLines(logging.Formatter):
+    """Cut what is too long, whoever logs it: nobody may fill the disk with one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return clip(super().format(record), MAX_LOG_CHARS)
+
+
 def _log_to_stderr() -> None:
     """Ray keeps each process's stderr in a file of its own."""
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_BoundedLines("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])

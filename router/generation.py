@@ -35,6 +35,7 @@ from paceline.router.text_stream import TextStream
 from paceline.router.tokenize import PromptTokenizer
 from paceline.router.validate import (
     check_model,
+    check_prompt_size,
     envelope_violations,
     prompt_violations,
     sampling_violations,
@@ -215,6 +216,7 @@ class Generations:
             return await self._tokenizer.encode_text(prompt.text)
         if isinstance(prompt, ChatPrompt):
             return await self._tokenizer.encode_chat(prompt.messages)
+        check_prompt_size(len(prompt.token_ids), self.model, "token_ids")
         return list(prompt.token_ids)
 
     @property
@@ -285,6 +287,7 @@ class Generations:
             field = _PROMPT_FIELDS[type(call.prompt)]
             try:
                 token_ids = await self.tokenize(call.prompt)
+                check_prompt_size(len(token_ids), self.model, field)
             except InvalidRequestError as error:
                 violations.extend(error.violations)
             else:

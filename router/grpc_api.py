@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import grpc
 
-from paceline.errors import FieldViolation, InvalidRequestError, PacelineError
+from paceline.errors import FieldViolation, InvalidRequestError, PacelineError, clip
 from paceline.router.chat_template import ChatMessage
 from paceline.router.generation import (
     ChatPrompt,
@@ -18,7 +18,7 @@ from paceline.router.generation import (
 )
 from paceline.router.grpc_status import to_status
 from paceline.router.journal import ChoiceDelta, Logprobs
-from paceline.router.validate import check_model
+from paceline.router.validate import MAX_REQUEST_ID_CHARS, check_chat_size, check_model
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 from paceline.wire import (
     finish_reason_to_proto,
@@ -124,6 +124,7 @@ def _prompt(
     if kind == "text":
         return TextPrompt(request.text)
     if kind == "chat":
+        check_chat_size(len(request.chat.messages))
         messages = [ChatMessage(m.role, m.content) for m in request.chat.messages]
         return ChatPrompt(messages)
     if isinstance(request, inference_pb2.GenerateRequest) and kind == "token_ids":
@@ -180,9 +181,11 @@ async def _abort(context: _AnyContext, error: Exception, request_id: str = "") -
     """End the call with the error's status; raises, unless the client is gone."""
     if context.done():
         return
+    # Of a request that was refused, nothing has been checked: not even its name.
+    shown_id = clip(request_id, MAX_REQUEST_ID_CHARS)
     if not isinstance(error, PacelineError):
-        logger.error("request_failed request_id=%s", request_id, exc_info=error)
+        logger.error("request_failed request_id=%r", shown_id, exc_info=error)
         error = PacelineError(f"the router met a bug: {type(error).__name__}: {error}")
     elif error.grpc_code not in ("DEADLINE_EXCEEDED", "CANCELLED"):
-        logger.info("request_refused request_id=%s error=%r", request_id, str(error))
+        logger.info("request_refused request_id=%r error=%r", shown_id, str(error))
     await context.abort_with_status(to_status(error))

@@ -8,11 +8,10 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
-from paceline.errors import InvalidRequestError, PacelineError, QueueFullError
+from paceline.errors import InvalidRequestError, PacelineError, QueueFullError, clip
 
 # Statuses travel in HTTP/2 trailers, of which clients accept 8 KiB.
 _MAX_MESSAGE_CHARS = 2000
-_MAX_VIOLATIONS = 16
 _MAX_DESCRIPTION_CHARS = 200
 
 
@@ -25,7 +24,7 @@ def to_status(error: PacelineError) -> grpc.Status:
         details.append(detail)
     code: int = grpc.StatusCode[error.grpc_code].value[0]
     status: grpc.Status = rpc_status.to_status(
-        status_pb2.Status(code=code, message=_cut(str(error), _MAX_MESSAGE_CHARS), details=details)
+        status_pb2.Status(code=code, message=clip(str(error), _MAX_MESSAGE_CHARS), details=details)
     )
     return status
 
@@ -35,17 +34,13 @@ def _details(error: PacelineError) -> Iterator[Message]:
         yield error_details_pb2.BadRequest(
             field_violations=[
                 error_details_pb2.BadRequest.FieldViolation(
-                    field=_cut(violation.field, _MAX_DESCRIPTION_CHARS),
-                    description=_cut(violation.description, _MAX_DESCRIPTION_CHARS),
+                    field=clip(violation.field, _MAX_DESCRIPTION_CHARS),
+                    description=clip(violation.description, _MAX_DESCRIPTION_CHARS),
                 )
-                for violation in error.violations[:_MAX_VIOLATIONS]
+                for violation in error.violations
             ]
         )
     if isinstance(error, QueueFullError):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         yield error_details_pb2.RetryInfo(retry_delay=delay)
-
-
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from paceline.errors import FieldViolation, ModelNotFoundError
+from paceline.errors import FieldViolation, InvalidRequestError, ModelNotFoundError, clip
 from paceline.router.message_size import MAX_WORK_TOKENS
 from paceline.router.model import ServedModel
 from paceline.router.settings import RouterSettings
@@ -11,13 +11,17 @@ from paceline.sampling_params import SamplingParams
 from paceline.wire import MAX_MESSAGE_BYTES
 
 MAX_REQUEST_ID_CHARS = 128
+MAX_SHOWN_CHARS = 200
+"""Of a name in a message, which may be as long as a request."""
+MAX_CHAT_MESSAGES = 8192
+"""More take the event loop over 10 ms to read."""
 
 
 def check_model(name: str, model: ServedModel) -> None:
     """Raise ModelNotFoundError unless the name is empty or that of the served model."""
     if name not in ("", model.name):
         raise ModelNotFoundError(
-            f"the model {name!r} is not served here; this deployment serves {model.name!r} "
+            f"the model {clip(name, MAX_SHOWN_CHARS)!r} is not served here; this deployment serves {model.name!r} "
             "(model.served_model_name)"
         )
 
@@ -47,10 +51,39 @@ def sampling_violations(sampling: SamplingParams, model: ServedModel) -> Iterato
         yield violation._replace(field=f"sampling.{violation.field}")
 
 
+def check_prompt_size(num_tokens: int, model: ServedModel, field: str) -> None:
+    """Raise InvalidRequestError if the model cannot continue a prompt of so many tokens.
+
+    Asked before the tokens are read.
+    """
+    limit = model.max_model_len
+    if num_tokens >= limit:
+        raise InvalidRequestError(
+            FieldViolation(
+                field,
+                f"the prompt has {num_tokens} tokens, and model.max_model_len is {limit} for "
+                f"prompt and output together; shorten the prompt to at most {limit - 1} tokens, or "
+                "raise that setting if the model allows",
+            )
+        )
+
+
+def check_chat_size(num_messages: int) -> None:
+    """Raise InvalidRequestError for more messages than are read."""
+    if num_messages > MAX_CHAT_MESSAGES:
+        raise InvalidRequestError(
+            FieldViolation(
+                "chat.messages",
+                f"has {num_messages} messages, at most {MAX_CHAT_MESSAGES} are allowed",
+            )
+        )
+
+
 def prompt_violations(
     token_ids: Sequence[int], sampling: SamplingParams, model: ServedModel, field: str
 ) -> Iterator[FieldViolation]:
-    """Yield what is wrong with a prompt of token ids; `field` is the form in which it came."""
+    """Yield what is wrong with a prompt that is no longer than the model; `field` is the form in
+    which it came."""
     num_tokens, limit = len(token_ids), model.max_model_len
     if not num_tokens:
         yield FieldViolation(field, "the prompt is empty; at least one token is needed")
@@ -64,14 +97,7 @@ def prompt_violations(
             f"the model has token ids from 0 to {model.vocab_size - 1}; {count} of the prompt's "
             f"are larger, the first is {token_ids[position]} at position {position}",
         )
-    if num_tokens >= limit:
-        yield FieldViolation(
-            field,
-            f"the prompt has {num_tokens} tokens, and model.max_model_len is {limit} for prompt "
-            f"and output together; shorten the prompt to at most {limit - 1} tokens, or raise that "
-            "setting if the model allows",
-        )
-    elif sampling.max_tokens is not None and num_tokens + sampling.max_tokens > limit:
+    if sampling.max_tokens is not None and num_tokens + sampling.max_tokens > limit:
         yield FieldViolation(
             "sampling.max_tokens",
             f"{num_tokens} prompt tokens and max_tokens {sampling.max_tokens} are "

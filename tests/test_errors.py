@@ -8,7 +8,15 @@ import grpc
 import pytest
 
 from paceline import errors
-from paceline.errors import FieldViolation, InvalidRequestError, PacelineError, QueueFullError
+from paceline.errors import (
+    MAX_MESSAGE_CHARS,
+    MAX_VIOLATIONS,
+    FieldViolation,
+    InvalidRequestError,
+    PacelineError,
+    QueueFullError,
+    clip,
+)
 
 CLASSES = [
     value
@@ -58,3 +66,17 @@ def test_invalid_request_names_every_wrong_field() -> None:
 
 def test_full_queue_says_when_to_come_back() -> None:
     assert QueueFullError("512 requests wait", retry_after_s=1.5).retry_after_s == 1.5
+
+
+def test_what_a_client_sent_makes_no_error_longer_than_its_limit() -> None:
+    wrong = [FieldViolation("f" * 10_000, "d" * 10_000)] * 100_000
+    error = InvalidRequestError(*wrong)
+    assert len(error.violations) == MAX_VIOLATIONS
+    assert len(str(error)) < MAX_MESSAGE_CHARS + 100
+    few = InvalidRequestError(*[FieldViolation("n", "is 0")] * 20)
+    assert str(few).endswith("n: is 0; and 4 more")
+
+
+def test_a_text_that_is_cut_says_how_long_it_was() -> None:
+    assert clip("abc", 3) == "abc"
+    assert clip("abcd", 3) == "abc… (4 characters)"

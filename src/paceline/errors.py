@@ -23,12 +23,27 @@ a gRPC status (`grpc_code`, the name in `grpc.StatusCode`) and once to an HTTP s
 
 from typing import ClassVar, NamedTuple
 
+MAX_MESSAGE_CHARS = 4000
+"""Of an error. What a client sent may be part of it, and it goes into logs and answers."""
+MAX_VIOLATIONS = 16
+"""Named in one error; more are only counted."""
+
+
+def clip(text: str, max_chars: int) -> str:
+    """Cut a text that is too long, and say how long it was."""
+    if len(text) <= max_chars:
+        return text
+    return f"{text[:max_chars]}… ({len(text)} characters)"
+
 
 class PacelineError(Exception):
-    """Base of every error that paceline raises on purpose."""
+    """Base of every error that paceline raises on purpose. A message that is too long is cut."""
 
     grpc_code: ClassVar[str] = "INTERNAL"
     http_status: ClassVar[int] = 500
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(clip(message, MAX_MESSAGE_CHARS))
 
 
 class ConfigError(PacelineError):
@@ -63,11 +78,14 @@ class FieldViolation(NamedTuple):
 
 
 class InvalidRequestError(RequestError):
-    """Name every wrong field of a request."""
+    """Name the wrong fields of a request, the first MAX_VIOLATIONS of them."""
 
     def __init__(self, *violations: FieldViolation) -> None:
-        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
-        self.violations = violations
+        self.violations = violations[:MAX_VIOLATIONS]
+        parts = [f"{v.field}: {v.description}" for v in self.violations]
+        if len(violations) > MAX_VIOLATIONS:
+            parts.append(f"and {len(violations) - MAX_VIOLATIONS} more")
+        super().__init__("; ".join(parts))
 
 
 class ModelNotFoundError(RequestError):

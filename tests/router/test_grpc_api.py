@@ -121,6 +121,47 @@ async def test_thousands_of_violations_still_fit_into_the_trailers(tmp_path: Pat
         assert "sampling.logit_bias" in violations(error)
 
 
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (
+            pb.GenerateRequest(
+                text="x", sampling=pb.SamplingParams(stop_token_ids=[60_000] * 1_000_000)
+            ),
+            "sampling.stop_token_ids: has 1000000 entries, at most 64",
+        ),
+        (
+            pb.GenerateRequest(text="x", sampling=pb.SamplingParams(stop=["a"] * 300_000)),
+            "sampling.stop: has 300000 entries, at most 16",
+        ),
+        (
+            pb.GenerateRequest(chat=pb.ChatPrompt(messages=[pb.ChatMessage()] * 500_000)),
+            "chat.messages: has 500000 messages, at most 8192",
+        ),
+        (
+            pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 1_000_000)),
+            "token_ids: the prompt has 1000000 tokens, and model.max_model_len is 512",
+        ),
+        (
+            pb.GenerateRequest(text="x", request_id="\n" * 1_000_000),
+            "request_id: has 1000000 characters, at most 128",
+        ),
+        (pb.GenerateRequest(text="x", model="m" * 1_000_000), "(1000000 characters)"),
+    ],
+)
+async def test_what_is_too_much_is_refused_before_it_is_read_and_never_logged_whole(
+    tmp_path: Path,
+    request_: pb.GenerateRequest,
+    said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    async with router_deployment(tmp_path, workers=False) as deployment:
+        error = await refusal(deployment, request_)
+    assert said in str(error.details())
+    assert max(len(record.getMessage()) for record in caplog.records) < 6000
+
+
 async def test_unknown_model_is_not_found(tmp_path: Path) -> None:
     async with router_deployment(tmp_path, workers=False) as deployment:
         error = await refusal(deployment, pb.GenerateRequest(model="gpt", text="x"))

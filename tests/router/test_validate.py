@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.errors import ModelNotFoundError
+from paceline.errors import InvalidRequestError, ModelNotFoundError
 from paceline.internal.v1 import worker_pb2
 from paceline.router.message_size import MAX_WORK_TOKENS, OTHER_BYTES, TOKEN_ID_BYTES
 from paceline.router.model import ServedModel
@@ -11,6 +11,7 @@ from paceline.router.settings import RouterSettings
 from paceline.router.validate import (
     MAX_REQUEST_ID_CHARS,
     check_model,
+    check_prompt_size,
     envelope_violations,
     prompt_violations,
     sampling_violations,
@@ -80,8 +81,9 @@ def test_token_ids_out_of_range_are_counted_and_the_first_is_shown() -> None:
 
 def test_prompt_longer_than_the_model_is_refused_with_both_numbers_and_the_setting() -> None:
     assert not list(prompt_violations([1] * 99, SamplingParams(), MODEL, "text"))
-    text = say(prompt_violations([1] * 100, SamplingParams(), MODEL, "text"))
-    assert "has 100 tokens, and model.max_model_len is 100" in text
+    check_prompt_size(99, MODEL, "text")
+    with pytest.raises(InvalidRequestError, match=r"has 100 tokens, and .* is 100 for prompt"):
+        check_prompt_size(100, MODEL, "text")
 
 
 def test_max_tokens_beyond_the_models_length_is_refused_with_what_is_left() -> None:
