@@ -65,8 +65,7 @@ def _model(settings: DeploymentSettings) -> Iterator[EarlyFinding]:
 def _tokenizer(facts: ModelFacts) -> str:
     if facts.path.is_file():
         return f"inside {facts.path.name}"
-    tokenizer = PromptTokenizer.from_folder(facts.path, num_threads=1)
-    tokenizer.close()
+    tokenizer = PromptTokenizer.from_folder(facts.path)
     template = "with a chat template" if tokenizer.has_chat_template else "without a chat template"
     return f"tokenizer.json, {template}"
 

@@ -35,6 +35,9 @@ class HostedRouter:
             router_id=context.name.worker_id,
             incarnation=context.name.incarnation,
         )
+        await router.warm_up()
+        context.on_step("start the tokenizers", time.monotonic() - started)
+        started = time.monotonic()
         await router.start()
         context.on_step("listen", time.monotonic() - started)
         self._router = router

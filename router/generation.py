@@ -29,10 +29,10 @@ from paceline.router.dispatch import Dispatcher
 from paceline.router.journal import ChoiceDelta, RequestJournal, Text
 from paceline.router.message_size import MAX_WORK_TOKENS
 from paceline.router.model import ServedModel
+from paceline.router.prompt_encoder import PromptEncoder
 from paceline.router.settings import RouterSettings
 from paceline.router.special_stops import special_stop_violations, with_special_stops
 from paceline.router.text_stream import TextStream
-from paceline.router.tokenize import PromptTokenizer
 from paceline.router.validate import (
     check_model,
     check_prompt_size,
@@ -172,7 +172,7 @@ class Generations:
         router_id: str,
         model: ServedModel,
         settings: RouterSettings,
-        tokenizer: PromptTokenizer,
+        encoder: PromptEncoder,
         dispatcher: Dispatcher,
         on_change: Callable[[], None],
     ) -> None:
@@ -180,10 +180,10 @@ class Generations:
         self._router_id = router_id
         self.model = model
         self._settings = settings
-        self._tokenizer = tokenizer
+        self._encoder = encoder
         self._special_tokens = {
             text: token_id
-            for text, token_id in tokenizer.detokenizer.special_tokens.items()
+            for text, token_id in encoder.detokenizer.special_tokens.items()
             if token_id < model.vocab_size  # the model never outputs the others
         }
         self._dispatcher = dispatcher
@@ -212,16 +212,19 @@ class Generations:
         return generation
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, TokenPrompt):
+            check_prompt_size(len(prompt.token_ids), self.model, "token_ids")
+            return list(prompt.token_ids)
         if isinstance(prompt, TextPrompt):
-            return await self._tokenizer.encode_text(prompt.text)
-        if isinstance(prompt, ChatPrompt):
-            return await self._tokenizer.encode_chat(prompt.messages)
-        check_prompt_size(len(prompt.token_ids), self.model, "token_ids")
-        return list(prompt.token_ids)
+            encoded = await self._encoder.encode_text(prompt.text)
+        else:
+            encoded = await self._encoder.encode_chat(prompt.messages)
+        token_ids: list[int] = encoded.tolist()
+        return token_ids
 
     @property
     def has_chat_template(self) -> bool:
-        return self._tokenizer.has_chat_template
+        return self._encoder.has_chat_template
 
     def expire(self, request: ActiveRequest, limit: str) -> None:
         self._dispatcher.expire(request, limit, self._now())
@@ -309,7 +312,7 @@ class Generations:
         silent = set(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             silent.update(self.model.eos_token_ids)
-        detokenizer = self._tokenizer.detokenizer
+        detokenizer = self._encoder.detokenizer
         continues_text = detokenizer.has_text(prompt)
         texts: list[Text] = [
             TextStream(

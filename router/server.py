@@ -16,10 +16,11 @@ from paceline.request import AttemptKey, Work
 from paceline.router.dispatch import Dispatcher
 from paceline.router.generation import Generations
 from paceline.router.grpc_api import InferenceServicer
+from paceline.router.message_size import default_request_bytes
 from paceline.router.model import ServedModel
 from paceline.router.placement import WorkerMember
+from paceline.router.prompt_encoder import PromptEncoder
 from paceline.router.settings import RouterSettings
-from paceline.router.tokenize import PromptTokenizer
 from paceline.router.worker_link import WorkerLink
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 from paceline.wire import work_to_proto
@@ -103,15 +104,16 @@ class Router:
         self._membership_version = 0
         self._membership_lock = asyncio.Lock()
         self._dispatcher = Dispatcher(settings, _LinkCommands(self._links))
-        self._tokenizer = PromptTokenizer.from_folder(
-            model.tokenizer_folder, settings.tokenizer_threads
+        self._max_request_bytes = settings.max_request_bytes or default_request_bytes(
+            model.max_model_len
         )
+        self._encoder = PromptEncoder(model.tokenizer_folder, settings, model.max_model_len)
         self._generations = Generations(
             name_prefix=f"{router_id}.{incarnation:x}",
             router_id=router_id,
             model=model,
             settings=settings,
-            tokenizer=self._tokenizer,
+            encoder=self._encoder,
             dispatcher=self._dispatcher,
             on_change=self._on_change,
         )
@@ -127,10 +129,14 @@ class Router:
         """host:port of the gRPC API; empty before `start`."""
         return self._address
 
+    async def warm_up(self) -> None:
+        """Start the tokenizer's processes, so that no request has to wait for one."""
+        await self._encoder.start()
+
     async def start(self) -> None:
         """Listen; raises ConfigError if the port is taken."""
         settings = self._settings
-        server = grpc.aio.server(options=server_options(settings.max_request_bytes))
+        server = grpc.aio.server(options=server_options(self._max_request_bytes))
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceServicer(self._generations), server
         )
@@ -174,7 +180,7 @@ class Router:
             self._timer.cancel()
         if self._health_task is not None:
             await self._health_task
-        self._tokenizer.close()
+        await self._encoder.close()
 
     async def update_membership(self, version: int, workers: Sequence[WorkerMember]) -> None:
         """Connect to these workers and to no others. A version that is not newer changes

@@ -112,16 +112,29 @@ class RouterSettings(BaseModel):
         description="Longest wait in seconds between attempts to reach a worker; the first is "
         "0.05.",
     )
-    tokenizer_threads: int = Field(
+    tokenizer_processes: int = Field(
         default=2,
-        ge=1,
-        description="Threads that tokenize prompts beside the event loop; they hold no GIL "
-        "meanwhile.",
+        ge=2,
+        description="Processes that render chat and tokenize text of more than 4 KiB, so that "
+        "neither holds up streams. One takes prompts of more than 64 KiB, the others the rest.",
     )
-    max_request_bytes: int = Field(
-        default=4 << 20,
+    tokenizer_timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="Seconds that rendering and tokenizing one prompt may take; then its process "
+        "is ended and another one started. Several times what a text of 1 MiB takes.",
+    )
+    max_text_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="Bytes of a prompt's text at most; null: as many as would fit into "
+        "model.max_model_len if each token were the longest of the vocabulary.",
+    )
+    max_request_bytes: int | None = Field(
+        default=None,
         ge=1024,
-        description="Bytes of one gRPC request at most: gRPC's own default, some million tokens.",
+        description="Bytes of one gRPC request at most; null: 1 MiB, or 8 bytes for each token of "
+        "model.max_model_len if that is more. Reading 1 MiB takes the event loop up to 35 ms.",
     )
     drain_timeout_s: float = Field(
         default=5.0,

@@ -1,10 +1,7 @@
-"""From text or chat messages to token ids, off the event loop."""
+"""From text or chat messages to token ids, by the files of a model's folder."""
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from tokenizers import Tokenizer
 
@@ -12,8 +9,6 @@ from paceline.errors import FieldViolation, InvalidRequestError
 from paceline.model_files.tokenizer import read_tokenizer
 from paceline.router.chat_template import ChatMessage, ChatTemplate, find_chat_template
 from paceline.router.detokenize import Detokenizer
-
-T = TypeVar("T")
 
 
 class PromptTokenizer:
@@ -23,34 +18,50 @@ class PromptTokenizer:
     that the template writes.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate | None, num_threads: int
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
         self.detokenizer = Detokenizer(tokenizer)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._template = template
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
 
     @classmethod
-    def from_folder(cls, folder: Path, num_threads: int) -> "PromptTokenizer":
+    def from_folder(cls, folder: Path) -> "PromptTokenizer":
         """Read the tokenizer and the chat template; raises ConfigError naming what is wrong."""
         read = read_tokenizer(folder)
         source = find_chat_template(folder, read.config)
         names = {role: token.text for role, token in read.roles.items()}
         template = None if source is None else ChatTemplate(source, names)
-        return cls(read.tokenizer, template, num_threads)
+        return cls(read.tokenizer, template)
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    async def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
         """Tokenize plain text with the model's special tokens."""
-        return await self._in_thread(lambda: self._encode(text, "text", special=True))
+        return self._encode(text, "text", special=True)
 
-    async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Render and tokenize a conversation; raises InvalidRequestError if it cannot be
-        rendered."""
+    def encode_chat(self, messages: Sequence[ChatMessage], max_text_bytes: int) -> list[int]:
+        """Render and tokenize a conversation.
+
+        Raises InvalidRequestError if it cannot be rendered, or becomes longer than allowed.
+        """
+        text = self._checked_template(messages).render(messages)
+        num_bytes = len(text.encode())
+        if num_bytes > max_text_bytes:
+            raise InvalidRequestError(
+                FieldViolation(
+                    "chat.messages",
+                    f"become {num_bytes} bytes of text by the model's chat template, at most "
+                    f"{max_text_bytes} are allowed (router.max_text_bytes)",
+                )
+            )
+        return self._encode(text, "chat.messages", special=False)
+
+    def check_chat(self, messages: Sequence[ChatMessage]) -> None:
+        """Raise InvalidRequestError for what need not be rendered to be refused."""
+        self._checked_template(messages)
+
+    def _checked_template(self, messages: Sequence[ChatMessage]) -> ChatTemplate:
         template = self._template
         if template is None:
             raise InvalidRequestError(
@@ -60,20 +71,12 @@ class PromptTokenizer:
             raise InvalidRequestError(
                 FieldViolation("chat.messages", "is empty; at least one message is needed")
             )
-        return await self._in_thread(
-            lambda: self._encode(template.render(messages), "chat.messages", special=False)
-        )
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        return template
 
     def _encode(self, text: str, field: str, *, special: bool) -> list[int]:
         try:
-            return self._tokenizer.encode(text, add_special_tokens=special).ids
+            return self.tokenizer.encode(text, add_special_tokens=special).ids
         except Exception as error:  # tokenizers raises no narrower class
             raise InvalidRequestError(
                 FieldViolation(field, f"cannot be tokenized: {error}")
             ) from error
-
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)

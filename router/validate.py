@@ -21,8 +21,8 @@ def check_model(name: str, model: ServedModel) -> None:
     """Raise ModelNotFoundError unless the name is empty or that of the served model."""
     if name not in ("", model.name):
         raise ModelNotFoundError(
-            f"the model {clip(name, MAX_SHOWN_CHARS)!r} is not served here; this deployment serves {model.name!r} "
-            "(model.served_model_name)"
+            f"the model {clip(name, MAX_SHOWN_CHARS)!r} is not served here; this deployment serves "
+            f"{model.name!r} (model.served_model_name)"
         )
 
 

@@ -1,4 +1,3 @@
-import asyncio
 import json
 import random
 from pathlib import Path
@@ -14,36 +13,37 @@ from paceline.router.detokenize import Detokenizer
 from paceline.router.text_stream import TextStream
 from paceline.router.tokenize import PromptTokenizer
 
+MAX_BYTES = 10_000
 HELLO = [ChatMessage("user", "hello")]
 
 
-async def test_special_tokens_are_those_of_the_post_processor(tmp_path: Path) -> None:
-    with_bos = PromptTokenizer.from_folder(write_tokenizer(tmp_path, adds_bos=True), 1)
-    assert await with_bos.encode_text("hi") == [BOS_ID, *byte_ids("hi")]
-    plain = PromptTokenizer.from_folder(write_tokenizer(tmp_path, adds_bos=False), 1)
-    assert await plain.encode_text("hi") == byte_ids("hi")
-    assert await plain.encode_text("") == []
+def test_special_tokens_are_those_of_the_post_processor(tmp_path: Path) -> None:
+    with_bos = PromptTokenizer.from_folder(write_tokenizer(tmp_path, adds_bos=True))
+    assert with_bos.encode_text("hi") == [BOS_ID, *byte_ids("hi")]
+    plain = PromptTokenizer.from_folder(write_tokenizer(tmp_path, adds_bos=False))
+    assert plain.encode_text("hi") == byte_ids("hi")
+    assert plain.encode_text("") == []
 
 
-async def test_chat_has_the_special_tokens_of_its_template_and_no_others(tmp_path: Path) -> None:
-    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path, adds_bos=True), 1)
-    ids = await tokenizer.encode_chat(HELLO)
+def test_chat_has_the_special_tokens_of_its_template_and_no_others(tmp_path: Path) -> None:
+    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path, adds_bos=True))
+    ids = tokenizer.encode_chat(HELLO, MAX_BYTES)
     assert ids == [BOS_ID, *byte_ids("[user]hello\n[assistant]")]
 
 
-async def test_template_in_its_own_file_wins(tmp_path: Path) -> None:
+def test_template_in_its_own_file_wins(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("own")
-    tokenizer = PromptTokenizer.from_folder(tmp_path, 1)
-    assert await tokenizer.encode_chat(HELLO) == byte_ids("own")
+    tokenizer = PromptTokenizer.from_folder(tmp_path)
+    assert tokenizer.encode_chat(HELLO, MAX_BYTES) == byte_ids("own")
 
 
-async def test_default_of_several_named_templates_is_used(tmp_path: Path) -> None:
+def test_default_of_several_named_templates_is_used(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    tokenizer = PromptTokenizer.from_folder(tmp_path, 1)
-    assert await tokenizer.encode_chat(HELLO) == byte_ids("yes")
+    tokenizer = PromptTokenizer.from_folder(tmp_path)
+    assert tokenizer.encode_chat(HELLO, MAX_BYTES) == byte_ids("yes")
 
 
 @pytest.mark.parametrize(
@@ -55,14 +55,14 @@ async def test_default_of_several_named_templates_is_used(tmp_path: Path) -> Non
         ("tokenizer_config.json", '{"chat_template": {"default": "yes é", "rag": "no"}}'),
     ],
 )
-async def test_template_is_found_in_every_file_that_can_hold_it(
+def test_template_is_found_in_every_file_that_can_hold_it(
     path: str, text: str, tmp_path: Path
 ) -> None:
     write_tokenizer(tmp_path, template=None)
     (tmp_path / path).parent.mkdir(exist_ok=True)
     (tmp_path / path).write_bytes(text.encode())
-    tokenizer = PromptTokenizer.from_folder(tmp_path, 1)
-    assert await tokenizer.encode_chat(HELLO) == byte_ids("yes é")
+    tokenizer = PromptTokenizer.from_folder(tmp_path)
+    assert tokenizer.encode_chat(HELLO, MAX_BYTES) == byte_ids("yes é")
 
 
 def test_named_templates_without_a_default_are_refused(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_named_templates_without_a_default_are_refused(tmp_path: Path) -> None:
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("no")
     with pytest.raises(ConfigError, match="named rag, and none is named default"):
-        PromptTokenizer.from_folder(tmp_path, 1)
+        PromptTokenizer.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("value", [3, [3], [{"name": "default"}]])
@@ -78,52 +78,52 @@ def test_template_that_is_no_template_is_refused(value: object, tmp_path: Path) 
     write_tokenizer(tmp_path, template=None)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
     with pytest.raises(ConfigError, match=r"chat_template of .* cannot be read"):
-        PromptTokenizer.from_folder(tmp_path, 1)
+        PromptTokenizer.from_folder(tmp_path)
 
 
-async def test_template_has_the_tokens_that_only_an_older_file_names(tmp_path: Path) -> None:
+def test_template_has_the_tokens_that_only_an_older_file_names(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<bos>"}')
-    tokenizer = PromptTokenizer.from_folder(tmp_path, 1)
-    assert (await tokenizer.encode_chat(HELLO))[0] == BOS_ID
+    tokenizer = PromptTokenizer.from_folder(tmp_path)
+    assert (tokenizer.encode_chat(HELLO, MAX_BYTES))[0] == BOS_ID
 
 
-async def test_chat_without_template_is_refused(tmp_path: Path) -> None:
-    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path, template=None), 1)
+def test_chat_without_template_is_refused(tmp_path: Path) -> None:
+    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path, template=None))
     assert not tokenizer.has_chat_template
     with pytest.raises(InvalidRequestError, match="no chat template"):
-        await tokenizer.encode_chat(HELLO)
+        tokenizer.encode_chat(HELLO, MAX_BYTES)
 
 
-async def test_empty_conversation_is_refused(tmp_path: Path) -> None:
-    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path), 1)
+def test_empty_conversation_is_refused(tmp_path: Path) -> None:
+    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path))
     with pytest.raises(InvalidRequestError, match="at least one message"):
-        await tokenizer.encode_chat([])
+        tokenizer.encode_chat([], MAX_BYTES)
 
 
-async def test_what_the_template_says_against_messages_reaches_the_client(tmp_path: Path) -> None:
-    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path), 1)
+def test_chat_that_its_template_makes_too_long_is_refused(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, template="{{ 'x' * 10001 }}")
+    tokenizer = PromptTokenizer.from_folder(tmp_path)
+    with pytest.raises(InvalidRequestError, match=r"become 10001 bytes of text .* at most 10000"):
+        tokenizer.encode_chat(HELLO, MAX_BYTES)
+
+
+def test_what_the_template_says_against_messages_reaches_the_client(tmp_path: Path) -> None:
+    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path))
     with pytest.raises(InvalidRequestError, match="no such role: pirate"):
-        await tokenizer.encode_chat([ChatMessage("pirate", "ahoy")])
-
-
-async def test_many_prompts_are_tokenized_at_once(tmp_path: Path) -> None:
-    tokenizer = PromptTokenizer.from_folder(write_tokenizer(tmp_path), 2)
-    texts = [str(number) for number in range(50)]
-    ids = await asyncio.gather(*map(tokenizer.encode_text, texts))
-    assert ids == [byte_ids(text) for text in texts]
+        tokenizer.encode_chat([ChatMessage("pirate", "ahoy")], MAX_BYTES)
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
-        PromptTokenizer.from_folder(tmp_path, 1)
+        PromptTokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a tokenizer that can be read"):
-        PromptTokenizer.from_folder(tmp_path, 1)
+        PromptTokenizer.from_folder(tmp_path)
     write_tokenizer(tmp_path, template="{% if %}")
     with pytest.raises(ConfigError, match="does not compile"):
-        PromptTokenizer.from_folder(tmp_path, 1)
+        PromptTokenizer.from_folder(tmp_path)
 
 
 def test_decoder_that_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_decoder_that_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ConfigError, match="WordPiece"):
-        PromptTokenizer.from_folder(tmp_path, 1)
+        PromptTokenizer.from_folder(tmp_path)
 
 
 def test_templates_have_what_transformers_gives_them() -> None:
@@ -180,18 +180,18 @@ def _smollm2_folders() -> list[Path]:
     return sorted(cache.glob("**/SmolLM2*/tokenizer.json"))
 
 
-async def test_smollm2_prompts_and_text_equal_those_of_transformers() -> None:
+def test_smollm2_prompts_and_text_equal_those_of_transformers() -> None:
     folders = _smollm2_folders()
     if not folders:
         pytest.skip("SmolLM2 has not been converted on this machine; `paceline up` does it")
     transformers = pytest.importorskip("transformers")
     folder = folders[0].parent
     reference = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer = PromptTokenizer.from_folder(folder, 1)
+    tokenizer = PromptTokenizer.from_folder(folder)
     text = "The quick 😀 fox — naïve café. 日本語\n  indented"
-    ids = await tokenizer.encode_text(text)
+    ids = tokenizer.encode_text(text)
     assert ids == reference(text).input_ids
-    chat = await tokenizer.encode_chat([ChatMessage("user", text)])
+    chat = tokenizer.encode_chat([ChatMessage("user", text)], MAX_BYTES)
     messages = [{"role": "user", "content": text}]
     assert chat == reference.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
