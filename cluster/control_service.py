@@ -15,7 +15,7 @@ from paceline.cluster.resources import pool_settings
 from paceline.cluster.settings import DeploymentSettings
 from paceline.cluster.supervised import Supervised
 from paceline.errors import ConfigError, PacelineError
-from paceline.grpc_options import server_options
+from paceline.grpc_server import make_server
 from paceline.router.grpc_status import to_status
 from paceline.v1 import control_pb2, control_pb2_grpc
 
@@ -87,7 +87,7 @@ class ControlServer:
 
     def __init__(self, servicer: ControlServicer) -> None:
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(options=server_options(MAX_REQUEST_BYTES))
+        self._server = make_server(MAX_REQUEST_BYTES)
         control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(

@@ -10,7 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from paceline.errors import ConfigError, UnavailableError
-from paceline.grpc_options import server_options
+from paceline.grpc_server import make_server
 from paceline.internal.v1 import worker_pb2
 from paceline.request import AttemptKey, Work
 from paceline.router.dispatch import Dispatcher
@@ -136,7 +136,7 @@ class Router:
     async def start(self) -> None:
         """Listen; raises ConfigError if the port is taken."""
         settings = self._settings
-        server = grpc.aio.server(options=server_options(self._max_request_bytes))
+        server = make_server(self._max_request_bytes)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceServicer(self._generations), server
         )

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = ["cluster", "decode_worker", "kv_transfer", "prefill_worker", "router", "worker"]
 OPTIONS = {
     "insecure_channel": ["INTERNAL_CHANNEL"],
-    "server": ["INTERNAL_SERVER", "server_options(...)"],
+    "server": ["a server of paceline.grpc_server.make_server"],
 }
 
 

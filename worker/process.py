@@ -24,7 +24,7 @@ from paceline.engine.prefix_cache import PrefixCache
 from paceline.engine.settings import ModelSettings
 from paceline.engine.warm_up import warm_up
 from paceline.failpoints import Failpoints
-from paceline.grpc_options import INTERNAL_SERVER
+from paceline.grpc_server import make_server
 from paceline.internal.v1 import kv_pb2_grpc, worker_pb2_grpc
 from paceline.kv_transfer.lease import LeaseTable
 from paceline.kv_transfer.pool_memory import PoolMemory
@@ -32,7 +32,7 @@ from paceline.kv_transfer.select import build_transport
 from paceline.kv_transfer.settings import KvSettings
 from paceline.kv_transfer.transport import LocalPool, Transport
 from paceline.request import AttemptKey
-from paceline.wire import WorkLimits
+from paceline.wire import MAX_MESSAGE_BYTES, WorkLimits
 from paceline.worker.core import Core, LoadReport, Peer
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.kv_import import ImportListener
@@ -322,7 +322,7 @@ class WorkerProcess:
             parts.failpoints,
             WorkLimits(parts.engine.config.vocab_size, parts.engine.max_model_len),
         )
-        self._server = grpc.aio.server(options=INTERNAL_SERVER)
+        self._server = make_server(MAX_MESSAGE_BYTES)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, self._server)
         kv_pb2_grpc.add_KvServiceServicer_to_server(owner, self._server)
         port = self._server.add_insecure_port(f"{self.spec.host}:0")

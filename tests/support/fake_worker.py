@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from paceline.grpc_options import INTERNAL_SERVER
+from paceline.grpc_server import make_server
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
 from paceline.request import (
     AttemptKey,
@@ -25,7 +25,7 @@ from paceline.request import (
 )
 from paceline.router.placement import Role, WorkerMember
 from paceline.v1 import inference_pb2
-from paceline.wire import MAX_TOKEN_ID, WorkLimits, pack_uint32, work_from_proto
+from paceline.wire import MAX_MESSAGE_BYTES, MAX_TOKEN_ID, WorkLimits, pack_uint32, work_from_proto
 
 Oracle = Callable[[Sequence[int], Sequence[int], int], int]
 BLOCK_TOKENS = 16
@@ -150,7 +150,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         return sum(len(running.sequences) for running in self.running.values())
 
     async def start(self) -> "FakeWorker":
-        self._server = grpc.aio.server(options=INTERNAL_SERVER)
+        self._server = make_server(MAX_MESSAGE_BYTES)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, self._server)
         self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
         await self._server.start()

@@ -12,10 +12,10 @@ import grpc
 import pytest
 
 from paceline.failpoints import Failpoints
-from paceline.grpc_options import INTERNAL_SERVER
+from paceline.grpc_server import make_server
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
 from paceline.v1 import inference_pb2
-from paceline.wire import WorkLimits
+from paceline.wire import MAX_MESSAGE_BYTES, WorkLimits
 from paceline.worker.core import LoadReport
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.mailbox import Mailbox
@@ -68,7 +68,7 @@ class Engine:
 async def run_worker() -> AsyncIterator[tuple[RecordingCore, Any]]:
     core = RecordingCore()
     engine = Engine(core)
-    server = grpc.aio.server(options=INTERNAL_SERVER)
+    server = make_server(MAX_MESSAGE_BYTES)
     servicer = WorkerServicer(IDENTITY, core, engine.sessions, engine.mailbox, Failpoints(), LIMITS)  # type: ignore[arg-type]
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -180,6 +180,32 @@ async def test_the_longest_prompts_reach_the_engine() -> None:
         await call.read()
         await call.write(admit(prompt_token_ids=[999] * 2_000_000))
         await until(core, ("dispatch", "r", None))
+
+
+async def test_a_message_that_cannot_be_read_ends_its_session_and_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    async with run_worker() as (core, stub):
+        good, bad = stub.Session(), stub.Session()
+        for call in (good, bad):
+            await call.write(hello())
+            await call.read()
+        bad._request_serializer = bytes
+        await bad.write(b"\xff" * 100)
+
+        async def read_to_the_end() -> None:
+            while await bad.read():
+                pass
+
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_to_the_end()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await until(core, ("end_session", 1))
+        await good.write(admit())
+        await until(core, ("dispatch", "r", None))
+        assert len([r for r in caplog.records if "message_malformed" in r.getMessage()]) == 1
+        assert not any(record.exc_info for record in caplog.records)
 
 
 async def test_when_the_stream_ends_the_engine_hears_it() -> None:

@@ -1,0 +1,118 @@
+"""What clients do that no client should: others are served, and nothing of it stays."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from router_deployment import RouterDeployment, router_deployment, until
+
+from paceline.bench import raw_http2
+from paceline.grpc_options import server_options
+from paceline.v1 import inference_pb2 as pb
+
+GENERATE = "/paceline.v1.InferenceService/Generate"
+TIMEOUT_S = 20.0
+
+
+@asynccontextmanager
+async def raw_connection(
+    deployment: RouterDeployment,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    host, port = deployment.router.address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def status_of(
+    deployment: RouterDeployment, method: str, message: bytes
+) -> grpc.aio.AioRpcError:
+    call = deployment.channel.unary_stream(method)(message, timeout=TIMEOUT_S)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    return caught.value
+
+
+async def assert_served(deployment: RouterDeployment) -> None:
+    answer = await deployment.generate(
+        pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(max_tokens=3)),
+        deadline_s=TIMEOUT_S,
+    )
+    assert len(answer.tokens[0]) == 3
+
+
+@pytest.mark.parametrize("method", ["Generate", "Tokenize"])
+async def test_a_message_that_cannot_be_read_is_an_invalid_argument_and_one_log_line(
+    tmp_path: Path, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with router_deployment(tmp_path) as deployment:
+        before = len(caplog.records)
+        error = await status_of(
+            deployment, f"/paceline.v1.InferenceService/{method}", b"\xff" * 1000
+        )
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "could not be read" in str(error.details())
+        lines = [record.getMessage() for record in caplog.records[before:]]
+        assert [line.partition(" ")[0] for line in lines] == ["message_malformed"]
+        assert caplog.records[-1].exc_info is None
+        await assert_served(deployment)
+
+
+async def test_a_message_that_would_unpack_to_many_times_its_size_is_not_unpacked(
+    tmp_path: Path,
+) -> None:
+    bomb = pb.GenerateRequest(text="a" * (32 << 20)).SerializeToString()
+    async with router_deployment(tmp_path) as deployment:
+        async with grpc.aio.insecure_channel(
+            deployment.router.address, options=[("grpc.max_send_message_length", -1)]
+        ) as channel:
+            call = channel.unary_stream(GENERATE)(
+                bomb, timeout=TIMEOUT_S, compression=grpc.Compression.Gzip
+            )
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in call:
+                    pass
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert "gzip" in str(caught.value.details())
+        await assert_served(deployment)
+
+
+async def test_calls_that_are_given_up_at_once_leave_nothing(tmp_path: Path) -> None:
+    message = pb.GenerateRequest(text="hello").SerializeToString()
+    async with (
+        router_deployment(tmp_path) as deployment,
+        raw_connection(deployment) as (_, writer),
+    ):
+        writer.write(raw_http2.opening())
+        for number in range(2000):
+            writer.write(raw_http2.call(2 * number + 1, GENERATE, message))
+            writer.write(raw_http2.reset(2 * number + 1))
+        await writer.drain()
+        await assert_served(deployment)
+        await deployment.idle()
+
+
+async def test_a_connection_that_says_nothing_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def options(max_request_bytes: int) -> tuple[tuple[str, int], ...]:
+        chosen = dict(server_options(max_request_bytes))
+        assert chosen["grpc.server_handshake_timeout_ms"] == 10_000
+        chosen["grpc.server_handshake_timeout_ms"] = 300
+        return tuple(chosen.items())
+
+    monkeypatch.setattr("paceline.grpc_server.server_options", options)
+    async with (
+        router_deployment(tmp_path, workers=False) as deployment,
+        raw_connection(deployment) as (reader, _),
+        asyncio.timeout(TIMEOUT_S),
+    ):
+        while await reader.read(1024):
+            pass
