@@ -155,6 +155,10 @@ class Generation:
             self._request.arrived_s + timeout_s, self._owner.expire, self._request, limit
         )
 
+    def fail(self, error: PacelineError) -> None:
+        """End the request early, for this reason."""
+        self._owner.fail(self._request, error)
+
     def close(self) -> None:
         """Free all that the request holds, here and at the workers; log its end."""
         if self._deadline is not None:
@@ -228,6 +232,9 @@ class Generations:
 
     def expire(self, request: ActiveRequest, limit: str) -> None:
         self._dispatcher.expire(request, limit, self._now())
+
+    def fail(self, request: ActiveRequest, error: PacelineError) -> None:
+        self._dispatcher.fail(request, error, self._now())
 
     def close(self, request: ActiveRequest) -> None:
         self._dispatcher.fail(request, CancelledError("the client went away"), self._now())

@@ -1,11 +1,19 @@
 """The public gRPC API: translate between `paceline.v1` messages and generations."""
 
+import asyncio
+import contextlib
 import logging
 from typing import TypeAlias
 
 import grpc
 
-from paceline.errors import FieldViolation, InvalidRequestError, PacelineError, clip
+from paceline.errors import (
+    CancelledError,
+    FieldViolation,
+    InvalidRequestError,
+    PacelineError,
+    clip,
+)
 from paceline.router.chat_template import ChatMessage
 from paceline.router.generation import (
     ChatPrompt,
@@ -29,6 +37,8 @@ from paceline.wire import (
 
 logger = logging.getLogger(__name__)
 
+ABORT_TIMEOUT_S = 5.0
+
 _GenerateContext: TypeAlias = (
     "grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]"
 )
@@ -41,8 +51,9 @@ _AnyContext: TypeAlias = "_GenerateContext | _TokenizeContext"
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Serve `paceline.v1.InferenceService`."""
 
-    def __init__(self, generations: Generations) -> None:
+    def __init__(self, generations: Generations, client_read_timeout_s: float) -> None:
         self._generations = generations
+        self._client_read_timeout_s = client_read_timeout_s
 
     # The stub wants an iterator; gRPC also takes a coroutine that writes to the context, and
     # cancels it, so that its `finally` runs at once, when the client goes away.
@@ -91,17 +102,32 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         generation = await self._generations.start(_call(request, context.time_remaining()))
         try:
-            is_last = False
-            while not is_last:
-                deltas = await generation.next_deltas()
-                is_last = generation.has_succeeded
-                responses = [_response(generation.request_id, delta) for delta in deltas]
-                if is_last:
-                    _add_summary(responses[-1], generation, request.include_timeline)
-                for response in responses:
-                    await context.write(response)
+            # One deadline, moved for every batch: a time-out object a message costs more.
+            async with asyncio.timeout(None) as unread:
+                is_last = False
+                while not is_last:
+                    deltas = await generation.next_deltas()
+                    is_last = generation.has_succeeded
+                    responses = [_response(generation.request_id, delta) for delta in deltas]
+                    if is_last:
+                        _add_summary(responses[-1], generation, request.include_timeline)
+                    unread.reschedule(_now() + self._client_read_timeout_s)
+                    for response in responses:
+                        await context.write(response)
+                    unread.reschedule(None)
+        except TimeoutError as error:
+            message = (
+                f"the client has not read its output for {self._client_read_timeout_s:g} s "
+                "(router.client_read_timeout_s)"
+            )
+            generation.fail(CancelledError(message))
+            raise CancelledError(message) from error
         finally:
             generation.close()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _call(
@@ -188,4 +214,7 @@ async def _abort(context: _AnyContext, error: Exception, request_id: str = "") -
         error = PacelineError(f"the router met a bug: {type(error).__name__}: {error}")
     elif error.grpc_code not in ("DEADLINE_EXCEEDED", "CANCELLED"):
         logger.info("request_refused request_id=%r error=%r", shown_id, str(error))
-    await context.abort_with_status(to_status(error))
+    # A client that reads nothing cannot be told; gRPC keeps the call until its connection ends.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(ABORT_TIMEOUT_S):
+            await context.abort_with_status(to_status(error))

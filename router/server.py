@@ -138,7 +138,7 @@ class Router:
         settings = self._settings
         server = make_server(self._max_request_bytes)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(self._generations), server
+            InferenceServicer(self._generations, settings.client_read_timeout_s), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(

@@ -136,6 +136,12 @@ class RouterSettings(BaseModel):
         description="Bytes of one gRPC request at most; null: 1 MiB, or 8 bytes for each token of "
         "model.max_model_len if that is more. Reading 1 MiB takes the event loop up to 35 ms.",
     )
+    client_read_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds that a client may leave its output unread, once some 64 KiB of it "
+        "wait; then its request is ended, so that it holds no worker.",
+    )
     drain_timeout_s: float = Field(
         default=5.0,
         ge=0,

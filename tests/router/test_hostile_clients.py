@@ -11,6 +11,7 @@ from router_deployment import RouterDeployment, router_deployment, until
 
 from paceline.bench import raw_http2
 from paceline.grpc_options import server_options
+from paceline.router.settings import RouterSettings
 from paceline.v1 import inference_pb2 as pb
 
 GENERATE = "/paceline.v1.InferenceService/Generate"
@@ -81,6 +82,30 @@ async def test_a_message_that_would_unpack_to_many_times_its_size_is_not_unpacke
                     pass
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
         assert "gzip" in str(caught.value.details())
+        await assert_served(deployment)
+
+
+async def test_a_client_that_reads_nothing_loses_its_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    settings = RouterSettings(grpc_port=0, drain_timeout_s=0.0, client_read_timeout_s=0.3)
+    request = pb.GenerateRequest(
+        text="hello",
+        request_id="r" * 128,
+        sampling=pb.SamplingParams(max_tokens=100_000, ignore_eos=True),
+    )
+    async with (
+        router_deployment(
+            tmp_path, settings=settings, max_model_len=1 << 20, num_blocks=1 << 16
+        ) as deployment,
+        raw_connection(deployment) as (_, writer),
+    ):
+        writer.write(raw_http2.opening(window_bytes=0))
+        writer.write(raw_http2.call(1, GENERATE, request.SerializeToString()))
+        await until(lambda: bool(deployment.decode.running), "the request runs")
+        await deployment.idle()
+        assert "has not read its output for 0.3 s" in caplog.text
         await assert_served(deployment)
 
 
