@@ -14,6 +14,7 @@ from paceline.grpc_server import make_server
 from paceline.internal.v1 import worker_pb2
 from paceline.request import AttemptKey, Work
 from paceline.router.dispatch import Dispatcher
+from paceline.router.free_memory import return_memory_for_ever
 from paceline.router.generation import Generations
 from paceline.router.grpc_api import InferenceServicer
 from paceline.router.message_size import default_request_bytes
@@ -121,6 +122,7 @@ class Router:
         self._is_serving: bool | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._health_task: asyncio.Task[None] | None = None
+        self._memory_task: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
         self._address = ""
 
@@ -156,6 +158,7 @@ class Router:
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         self._server = server
+        self._memory_task = asyncio.create_task(return_memory_for_ever(), name="return memory")
         self._address = f"{settings.host}:{port}"
         self._on_change()
         logger.info(
@@ -180,6 +183,9 @@ class Router:
             self._timer.cancel()
         if self._health_task is not None:
             await self._health_task
+        if self._memory_task is not None:
+            self._memory_task.cancel()
+            await asyncio.gather(self._memory_task, return_exceptions=True)
         await self._encoder.close()
 
     async def update_membership(self, version: int, workers: Sequence[WorkerMember]) -> None:
