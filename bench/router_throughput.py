@@ -265,7 +265,7 @@ def _quantiles(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: token_id for token_id, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -278,7 +278,7 @@ def measure(step_s: float, num_streams: int, max_tokens: int, num_requests: int)
     request."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        _write_tokenizer(Path(folder))
+        write_tokenizer(Path(folder))
         worker_pipe, worker_end = spawn.Pipe()
         worker = spawn.Process(target=run_worker, args=(worker_end, step_s))
         worker.start()
