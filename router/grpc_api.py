@@ -26,6 +26,7 @@ from paceline.router.generation import (
 )
 from paceline.router.grpc_status import to_status
 from paceline.router.journal import ChoiceDelta, Logprobs
+from paceline.router.unread_output import UnreadOutput
 from paceline.router.validate import MAX_REQUEST_ID_CHARS, check_chat_size, check_model
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 from paceline.wire import (
@@ -102,8 +103,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         generation = await self._generations.start(_call(request, context.time_remaining()))
         try:
-            # One deadline, moved for every batch: a time-out object a message costs more.
-            async with asyncio.timeout(None) as unread:
+            async with UnreadOutput(self._client_read_timeout_s) as output:
                 is_last = False
                 while not is_last:
                     deltas = await generation.next_deltas()
@@ -111,10 +111,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     responses = [_response(generation.request_id, delta) for delta in deltas]
                     if is_last:
                         _add_summary(responses[-1], generation, request.include_timeline)
-                    unread.reschedule(_now() + self._client_read_timeout_s)
                     for response in responses:
+                        output.begin_write()
                         await context.write(response)
-                    unread.reschedule(None)
+                        output.end_write()
         except TimeoutError as error:
             message = (
                 f"the client has not read its output for {self._client_read_timeout_s:g} s "
@@ -124,10 +124,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise CancelledError(message) from error
         finally:
             generation.close()
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def _call(
