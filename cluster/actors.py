@@ -236,7 +236,7 @@ class ControllerActor:
         ]
 
 
-class _BoundedLines(logging.Formatter):
+class BoundedLines(logging.Formatter):
     """Cut what is too long, whoever logs it: nobody may fill the disk with one line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -246,5 +246,5 @@ class _BoundedLines(logging.Formatter):
 def _log_to_stderr() -> None:
     """Ray keeps each process's stderr in a file of its own."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_BoundedLines("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    handler.setFormatter(BoundedLines("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
