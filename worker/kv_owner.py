@@ -18,6 +18,7 @@ from paceline.kv_transfer.transport import OwnerPeer, Transport
 from paceline.request import AttemptKey
 from paceline.wire import pack_uint32
 from paceline.worker.first_token import first_token_to_proto
+from paceline.worker.hello import HELLO_TIMEOUT_S, first_message
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.mailbox import Mailbox
 from paceline.worker.outgoing import Outgoing
@@ -76,10 +77,11 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
         request_iterator: AsyncIterator[kv_pb2.ReadLeasesRequest],
         context: grpc.aio.ServicerContext[kv_pb2.ReadLeasesRequest, kv_pb2.ReadLeasesResponse],
     ) -> AsyncIterator[kv_pb2.ReadLeasesResponse]:
-        hello = await anext(request_iterator, None)
+        hello = await first_message(request_iterator)
         if hello is None or not hello.HasField("hello"):
             await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT, "the first message of a KV session must be hello"
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"the first message of a KV session must be hello, within {HELLO_TIMEOUT_S} s",
             )
             return
         if refusal := self._refusal(hello.hello):

@@ -14,6 +14,7 @@ from paceline.request import AttemptKey
 from paceline.sampling_params import MAX_CHOICES
 from paceline.wire import MAX_NAME_CHARS, WorkLimits, work_from_proto
 from paceline.worker.core import Core, Peer
+from paceline.worker.hello import HELLO_TIMEOUT_S, first_message
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.mailbox import Mailbox
 from paceline.worker.outgoing import Outgoing
@@ -49,10 +50,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             wire_messages.SessionRequest, wire_messages.SessionResponse
         ],
     ) -> AsyncIterator[wire_messages.SessionResponse]:
-        hello = await anext(request_iterator, None)
+        hello = await first_message(request_iterator)
         if hello is None or not hello.HasField("hello"):
             await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session must be hello"
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"the first message of a session must be hello, within {HELLO_TIMEOUT_S} s",
             )
             return
         if hello.hello.worker_incarnation != self._identity.incarnation:

@@ -130,6 +130,15 @@ async def test_a_session_must_begin_with_hello() -> None:
             await call.read()
 
 
+async def test_a_session_that_says_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paceline.worker.hello.HELLO_TIMEOUT_S", 0.1)
+    async with run_worker() as (core, stub):
+        async with asyncio.timeout(TIMEOUT_S):
+            with pytest.raises(grpc.aio.AioRpcError, match="must be hello, within"):
+                await stub.Session().read()
+        assert core.calls == []
+
+
 async def test_work_that_makes_no_sense_is_refused_alone_and_the_session_goes_on() -> None:
     async with run_worker() as (core, stub):
         call = stub.Session()
