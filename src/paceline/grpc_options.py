@@ -12,6 +12,8 @@ _KEEPALIVE: GrpcOptions = (
     # they hold no request, credit or lease.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # Of gRPC's other pings: while one is not answered, keepalive sends none, for a minute.
+    ("grpc.http2.ping_timeout_ms", 5_000),
 )
 _NO_COMPRESSION: GrpcOptions = (
     # gRPC unpacks a whole message before it looks at its size: 0.5 MB became 1.2 GB. Of the bits
