@@ -7,10 +7,11 @@ from typing import Self
 
 import grpc
 
-from paceline.addresses import CHANNEL_OPTIONS, parse_address
+from paceline.addresses import parse_address
 from paceline.bench.load import PlannedRequest, Vocabulary
 from paceline.bench.record import RequestRecord
 from paceline.errors import ConfigError, UnavailableError
+from paceline.grpc_options import CLIENT_CHANNEL
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 from paceline.wire import phase_times_from_proto, span_from_proto
 
@@ -38,7 +39,7 @@ class LoadClient:
             parse_address(address)
         except ValueError as error:
             raise ConfigError(f"--address: {error}") from None
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(address, options=CLIENT_CHANNEL)
         self._address = address
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._timeout_s = timeout_s

@@ -25,8 +25,8 @@ import numpy as np
 import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from paceline.addresses import CHANNEL_OPTIONS
 from paceline.bench.environment import write_result
+from paceline.grpc_options import CLIENT_CHANNEL
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
 from paceline.router.capacity import UNLIMITED_LOCAL_PREFILL
 from paceline.router.model import ServedModel
@@ -181,8 +181,8 @@ async def measure_added_time(
 ) -> dict[str, Any]:
     """Time requests of one token, one after the other, through the router and without it."""
     async with (
-        grpc.aio.insecure_channel(router_address, options=CHANNEL_OPTIONS) as to_router,
-        grpc.aio.insecure_channel(worker_address, options=CHANNEL_OPTIONS) as to_worker,
+        grpc.aio.insecure_channel(router_address, options=CLIENT_CHANNEL) as to_router,
+        grpc.aio.insecure_channel(worker_address, options=CLIENT_CHANNEL) as to_worker,
     ):
         stub = inference_pb2_grpc.InferenceServiceStub(to_router)
 
@@ -232,7 +232,7 @@ async def measure_throughput(
     """Run many streams at once and count what arrives."""
     counts = {"tokens": 0, "messages": 0}
 
-    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    async with grpc.aio.insecure_channel(address, options=CLIENT_CHANNEL) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
 
         async def one_stream() -> None:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import grpc
 
-from paceline.addresses import CHANNEL_OPTIONS
 from paceline.cluster.deployment_record import DeploymentRecord, find
 from paceline.errors import PacelineError, UnavailableError
+from paceline.grpc_options import CLIENT_CHANNEL
 from paceline.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 
 CALL_TIMEOUT_S = 10.0
@@ -34,14 +34,14 @@ def control(deployment: str | None) -> Iterator[Control]:
             f"the deployment {record.deployment} is not up yet, or its start was cut off. Wait, or "
             f"clean up: paceline down --deployment {record.deployment}"
         )
-    with grpc.insecure_channel(record.controller_address, options=CHANNEL_OPTIONS) as channel:
+    with grpc.insecure_channel(record.controller_address, options=CLIENT_CHANNEL) as channel:
         yield Control(record, control_pb2_grpc.ControlServiceStub(channel))
 
 
 @contextlib.contextmanager
 def inference(deployment: str | None) -> Iterator[inference_pb2_grpc.InferenceServiceStub]:
     """Connect to a router of a deployment that is up on this machine."""
-    with grpc.insecure_channel(router_address(deployment), options=CHANNEL_OPTIONS) as channel:
+    with grpc.insecure_channel(router_address(deployment), options=CLIENT_CHANNEL) as channel:
         yield inference_pb2_grpc.InferenceServiceStub(channel)
 
 

@@ -1,11 +1,7 @@
-"""Addresses of our own servers, and how channels to them are made."""
+"""Addresses of servers."""
 
 from typing import NamedTuple
 from urllib.parse import urlsplit
-
-CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
-"""For each channel to a server of ours. A proxy that http_proxy names is there to reach the
-internet, and often cannot reach this machine or its neighbours."""
 
 
 class Address(NamedTuple):

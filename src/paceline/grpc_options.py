@@ -21,13 +21,19 @@ _NO_COMPRESSION: GrpcOptions = (
     ("grpc.compression_enabled_algorithms_bitset", 1),
 )
 
+CLIENT_CHANNEL: GrpcOptions = (
+    # A proxy in the environment is for the way to the internet. It often cannot reach this machine
+    # or its neighbours.
+    ("grpc.enable_http_proxy", 0),
+)
+"""Of a channel of the command line or a benchmark to a server of ours."""
+
 INTERNAL_CHANNEL: GrpcOptions = (
     *_KEEPALIVE,
     *_NO_COMPRESSION,
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A proxy in the environment is for the way to the internet. It knows no worker.
-    ("grpc.enable_http_proxy", 0),
+    *CLIENT_CHANNEL,
     # A later incarnation of a worker may use the address of an earlier one: each has its own
     # connection.
     ("grpc.use_local_subchannel_pool", 1),
