@@ -475,7 +475,8 @@ class World:
         self.links: dict[str, WorkerLink] = {}
         self.old_streams: list[RouterStream] = []
         self.num_streams = 0
-        settings = RouterSettings(max_lone_deaths=10**6, max_internal_failures=1)
+        # Faults come at random, and so in rows that no request is to blame for.
+        settings = RouterSettings(max_lone_deaths=10**6, max_setbacks=64, max_internal_failures=1)
         self.dispatcher = Dispatcher(settings, self)
         self.requests: list[ActiveRequest] = []
         SimLink.world = self
