@@ -224,7 +224,7 @@ def _has_calls(ends: set[str]) -> bool:
 
 
 def check_overlaps(texts: Collection[str]) -> None:
-    """Refuse special tokens of which llama.cpp and `tokenizers` find different ones in a text.
+    """Refuse special tokens that llama.cpp and `tokenizers` can find differently in a text.
 
     llama.cpp looks for the longest token first, anywhere; `tokenizers` for the first token, and
     for the longest that begins there. They differ where the end of a token begins another one that
