@@ -17,6 +17,7 @@ def main() -> None:
     A signal that ends it gives 128 + its number.
     """
     signals.raise_ended()
+    _open_missing_streams()
     from paceline.cluster.cli import output
     from paceline.errors import PacelineError, cause_of
 
@@ -37,6 +38,16 @@ def main() -> None:
         )
         output.print_error("\n".join([message, *_notes(error)]))
         sys.exit(1)
+
+
+def _open_missing_streams() -> None:
+    """Put the null device where the caller closed a standard stream, as in `paceline up >&-`.
+
+    Python has None there, and the next file or socket would get the stream's number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def _notes(error: Exception) -> list[str]:

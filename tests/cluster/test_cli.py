@@ -184,6 +184,15 @@ def test_output_that_nobody_reads_on_ends_a_command_quietly() -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_a_standard_stream_may_be_closed(closed: str) -> None:
+    command = f'"$0" -c "from paceline.cluster.cli import main; main()" --version {closed}'
+    result = subprocess.run(
+        ["bash", "-c", command, sys.executable], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_output_that_cannot_be_written_is_an_error() -> None:
     command = f"{sys.executable} -c 'from paceline.cluster.cli import main; main()' config show"
     result = subprocess.run(
