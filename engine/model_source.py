@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from paceline.engine.gguf.check import check_gguf
 from paceline.engine.settings import ModelSettings
-from paceline.engine.weight_files import WeightFiles, find_weight_files
+from paceline.engine.weight_files import WeightFiles, find_weight_files, join_names
 from paceline.errors import ConfigError, UnsupportedModelError
 
 CACHE_FORMAT = 2
@@ -25,6 +25,7 @@ CACHE_FORMAT = 2
 CONVERSION_TIMEOUT_S = 1800.0
 """Far longer than converting the largest file takes; another process may be converting it."""
 PACKAGE_PREFIX = "package:"
+_READ_SUFFIXES = frozenset({".json", ".jinja", ".safetensors"})
 SAMPLES_A_FILE = 64
 SAMPLE_BYTES = 4096
 
@@ -55,7 +56,14 @@ def prepare_model(settings: ModelSettings, cache_dir: Path, on_progress: OnProgr
     name = settings.served_model_name or path.name.removesuffix(".gguf")
     is_gguf = path.is_file()
     if not is_gguf:
-        return ModelFolder(path, _folder_revision(path, settings.load_format == "dummy"), name)
+        try:
+            revision = _folder_revision(path, settings.load_format == "dummy")
+        except OSError as error:
+            raise ConfigError(
+                f"A file of the model cannot be read: {error}. Let this user read it, or download "
+                "the model again."
+            ) from None
+        return ModelFolder(path, revision, name)
     check_gguf(path)  # in a second, before a large file is digested
     digest = _file_digest(path)
     dtype = "float32" if settings.dtype == "auto" else settings.dtype
@@ -67,8 +75,16 @@ def prepare_model(settings: ModelSettings, cache_dir: Path, on_progress: OnProgr
 
 def locate_model(settings: ModelSettings) -> Path:
     """Find what model.path names; raises ConfigError if it has no form that can be loaded."""
-    path = find_model(settings.path)
-    _check_format(settings, path, path.is_file())
+    try:
+        path = find_model(settings.path)
+        _check_format(settings, path, path.is_file())
+        if path.is_dir():
+            _check_links(path)
+    except OSError as error:
+        raise ConfigError(
+            f"model.path is {settings.path!r}, which cannot be read: {error}. Let this user read "
+            "the folder and all folders above it, or correct model.path."
+        ) from None
     return path
 
 
@@ -76,7 +92,12 @@ def find_model(path: str) -> Path:
     """Find the folder or .gguf file that a model.path names; raises ConfigError."""
     if path.startswith(PACKAGE_PREFIX):
         return _find_in_package(path.removeprefix(PACKAGE_PREFIX))
-    found = Path(path).expanduser()
+    try:
+        found = Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"model.path is {path!r}: {error} Set model.path to the whole path."
+        ) from None
     if not found.exists():
         raise ConfigError(
             f"There is no {found.absolute()}, and model.path is {path!r}: it must name something "
@@ -120,6 +141,20 @@ def _check_format(settings: ModelSettings, path: Path, is_gguf: bool) -> None:
         raise ConfigError(
             f"There is no config.json in {path}: not a model's folder in Hugging Face's form. "
             "Set model.path to a folder that has one, to a .gguf file, or to package:NAME."
+        )
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links to files that are gone: they would be passed over as if they were not there."""
+    wrong = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.suffix in _READ_SUFFIXES and path.is_symlink() and not path.exists()
+    )
+    if wrong:
+        raise ConfigError(
+            f"{folder} has {len(wrong)} links to files that are not there: {join_names(wrong)}. "
+            "Download the model again, or copy it with what its links lead to."
         )
 
 

@@ -38,6 +38,8 @@ def prepare(cache: Path, **settings: Any) -> ModelFolder:
         ("package:safetensors", "has 0 .gguf files"),
         (__file__, "not a .gguf one"),
         (str(Path(__file__).parent), "no config.json"),
+        ("~no-such-user/model", "home directory"),
+        ("/" + "long" * 100, "File name too long"),
     ],
 )
 def test_path_that_names_no_model_is_refused(path: str, message: str, tmp_path: Path) -> None:
@@ -63,6 +65,27 @@ def test_folder_is_used_where_it_lies_and_its_revision_follows_its_weights(tmp_p
     assert one.revision == prepare(cache, path=str(tmp_path / "one")).revision
     assert one.revision != two.revision
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "generation_config.json", "model.safetensors.index.json"]
+)
+def test_link_to_a_file_that_is_gone_is_refused(name: str, tmp_path: Path) -> None:
+    """Passed over, a link of generation_config.json would lose the model's end tokens."""
+    write_model(tmp_path, "LlamaForCausalLM")
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=f"1 links to files that are not there: {name}"):
+        prepare(tmp_path / "cache", path=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_file_that_cannot_be_read_is_named(name: str, tmp_path: Path) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=f"cannot be read.*{name}"):
+        prepare(tmp_path / "cache", path=str(tmp_path))
 
 
 def test_dummy_needs_config_json_alone(tmp_path: Path) -> None:
