@@ -63,14 +63,17 @@ def bench(
     rate: Annotated[float, typer.Option(min=0.001, help="Requests a second, open loop.")] = 1.0,
     input_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an output.")] = 128,
-    trace: Annotated[Path, typer.Option(help="Trace file, see bench/traces.")] = DEFAULT_TRACE,
+    trace: Annotated[
+        Path,
+        typer.Option(exists=True, dir_okay=False, readable=True, help="A file, see bench/traces."),
+    ] = DEFAULT_TRACE,
     speed: Annotated[float, typer.Option(min=0.001, help="Replay so many times faster.")] = 1.0,
     max_input_tokens: Annotated[
         int | None, typer.Option(min=1, help="Cut a trace's prompts; default: the model's length.")
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Repeats the prompts and arrivals of a run; default: new ones."),
+        typer.Option(min=0, help="Repeats the prompts and arrivals of a run; default: new ones."),
     ] = None,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="For one request.")] = 600.0,
     max_ttft_ms: Annotated[float | None, typer.Option(help="Goodput's limit.")] = None,
@@ -90,6 +93,8 @@ def bench(
         if name not in ("context", "output", "page", "as_json", "unused", *unused)
     }
     _refuse_given(unused, context, load)
+    for path in (output, page):
+        _refuse_unwritable(path)
     limits = Limits(_seconds(max_ttft_ms), _seconds(max_tpot_ms), _seconds(max_e2e_ms))
 
     def plan(vocabulary: Vocabulary, max_model_len: int) -> list[PlannedRequest]:
@@ -139,7 +144,7 @@ def bench(
     if as_json:
         typer.echo(json.dumps({"config": config, **document}))
     else:
-        Console().print(summary_table(summary, title))
+        Console(markup=False).print(summary_table(summary, title))
     for warning in (cut_warning(planned), cache_warning(summary)):
         if warning is not None:
             typer.echo(f"warning: {warning}", err=True)
@@ -158,6 +163,18 @@ def cut_warning(planned: Sequence[PlannedRequest]) -> str | None:
         f"{num_cut} of {len(planned)} requests are longer in the trace and were cut to "
         "--max-input-tokens (at most the model's length) and --output-tokens"
     )
+
+
+def _refuse_unwritable(path: Path | None) -> None:
+    """Raise ConfigError now, and not once a load has run whose result cannot be kept."""
+    if path is None:
+        return
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}. Name another file"
+        ) from None
 
 
 def _refuse_given(unused: Sequence[str], context: typer.Context, load: LoadKind) -> None:

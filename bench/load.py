@@ -1,6 +1,7 @@
 """When requests are sent, and how long they are. Pure: the same seed gives the same load."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,25 +100,20 @@ def read_trace(
     Longer prompts and outputs are cut to the given limits. Raises ConfigError with the line.
     """
     planned: list[PlannedRequest] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if num_requests is not None and len(planned) == num_requests:
                 break
             try:
-                entry = json.loads(line)
-                at_s = float(entry["timestamp"]) / 1000 / speed
-                num_input, num_output = int(entry["input_length"]), int(entry["output_length"])
-            except (ValueError, KeyError, TypeError) as error:
+                at_s, num_input, num_output, hash_ids = _trace_entry(line)
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
                 raise ConfigError(
                     f"{path}:{number}: a line of a trace needs timestamp, input_length and "
-                    f"output_length as numbers ({error!r})"
+                    f"output_length as numbers, and hash_ids, if it has any, as a list ({error!r})"
                 ) from error
+            at_s /= speed
             prompt = _trace_prompt(
-                min(max(num_input, 1), max_input_tokens),
-                entry.get("hash_ids", ()),
-                vocabulary,
-                seed,
-                number,
+                min(max(num_input, 1), max_input_tokens), hash_ids, vocabulary, seed, number
             )
             output_tokens = min(max(num_output, 1), max_output_tokens)
             is_cut = num_input > max_input_tokens or num_output > max_output_tokens
@@ -126,6 +122,18 @@ def read_trace(
         raise ConfigError(f"the trace {path} has no requests")
     first_s = planned[0].at_s
     return [replace(request, at_s=request.at_s - first_s) for request in planned]
+
+
+def _trace_entry(line: bytes) -> tuple[float, int, int, list[int]]:
+    """Return the seconds, tokens of input and of output, and hash ids of a line."""
+    entry = json.loads(line)
+    at_s = float(entry["timestamp"]) / 1000
+    if not math.isfinite(at_s):
+        raise ValueError(f"timestamp is {at_s}")
+    hash_ids = entry.get("hash_ids", [])
+    if not isinstance(hash_ids, list):
+        raise TypeError(f"hash_ids is {hash_ids!r}")
+    return at_s, int(entry["input_length"]), int(entry["output_length"]), hash_ids
 
 
 def _trace_prompt(

@@ -42,6 +42,17 @@ class DeploymentRecord:
         return namespace_of(self.deployment)
 
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    "deployment": (str,),
+    "up_pid": (int,),
+    "started_s": (int, float),
+    "settings_file": (str,),
+    "ray_folder": (str, type(None)),
+    "ray_address": (str,),
+    "controller_address": (str,),
+}
+
+
 def namespace_of(deployment: str) -> str:
     return f"paceline-{deployment}"
 
@@ -61,11 +72,16 @@ def claim(record: DeploymentRecord) -> None:
             raise ConfigError(
                 f"{folder} belongs to another user; set {VARIABLE} to a folder of your own"
             )
+        path = _path(record.deployment)
+        partial = path.with_suffix(f".{os.getpid()}")
         try:
-            with _path(record.deployment).open("x", encoding="utf-8") as file:
-                json.dump(asdict(record), file)
+            # Whole or not at all: nobody may read half a record.
+            partial.write_text(json.dumps(asdict(record)), encoding="utf-8")
+            path.hardlink_to(partial)
         except FileExistsError:
             raise ConfigError(_why_taken(find(record.deployment))) from None
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def update(record: DeploymentRecord, **changes: str) -> DeploymentRecord:
@@ -141,7 +157,11 @@ def _path(deployment: str) -> Path:
 def _read(path: Path) -> DeploymentRecord | None:
     try:
         with _usable(runtime_dir()), contextlib.suppress(FileNotFoundError):
-            return DeploymentRecord(**json.loads(path.read_text(encoding="utf-8")))
+            record = DeploymentRecord(**json.loads(path.read_text(encoding="utf-8")))
+            for name, kinds in _TYPES.items():
+                if not isinstance(value := getattr(record, name), kinds):
+                    raise TypeError(f"{name} is {value!r}")
+            return record
         return None
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); remove it") from None

@@ -130,6 +130,8 @@ class _Reader:
     def _read_byte_level(self, step: dict[str, Any]) -> None:
         if self._is_byte_level:
             _refuse(step, "after another ByteLevel")
+        if self._has_byte_tokens and not self._is_one_text:
+            _refuse(step, "after ByteFallback")
         # After a Fuse, one token with a character outside of ByteLevel's alphabet would leave the
         # bytes of all others undecoded. We decode each token by itself there, too.
         self._is_byte_level = self._is_one_text = True

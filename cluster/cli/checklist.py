@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
     from paceline.cluster.actors import ProcessSnapshot
 
-_DONE = "[green]✓[/green]"
+_DONE = Text("✓", "green")
 BAR_WIDTH = 24
 
 
@@ -54,7 +53,7 @@ class Checklist:
     def ended(self, step: str, seconds: float) -> None:
         self._running = None
         self._done.append((step, seconds))
-        self._say(f"{_DONE} {step} {seconds:.1f} s")
+        self._say(Text.assemble(_DONE, f" {step} {seconds:.1f} s"))
 
     def processes(self, snapshots: "list[ProcessSnapshot]") -> None:
         self._snapshots = snapshots
@@ -62,22 +61,21 @@ class Checklist:
             is_ready = process.state is ProcessState.READY
             if is_ready and process.worker_id not in self._announced:
                 self._announced.add(process.worker_id)
-                self._say(
-                    f"  {_DONE} {process.worker_id} {process.elapsed_s:.1f} s "
-                    f"{escape(_steps(process))}"
-                )
+                took = f" {process.worker_id} {process.elapsed_s:.1f} s {_steps(process)}"
+                self._say(Text.assemble("  ", _DONE, took))
 
-    def _say(self, line: str) -> None:
+    def _say(self, line: Text) -> None:
         if not self._console.is_terminal:
             self._console.print(line)
 
     def _render(self) -> RenderableType:
         steps = Table.grid(padding=(0, 1))
         for name, seconds in self._done:
-            steps.add_row(_DONE, name, f"[dim]{seconds:.1f} s[/dim]")
+            steps.add_row(_DONE, Text(name), Text(f"{seconds:.1f} s", "dim"))
         if self._running is not None:
             name, began = self._running
-            steps.add_row(self._spinner, name, f"[dim]{time.monotonic() - began:.1f} s[/dim]")
+            took = Text(f"{time.monotonic() - began:.1f} s", "dim")
+            steps.add_row(self._spinner, Text(name), took)
         processes = Table.grid(padding=(0, 1))
         for is_detail in (False, False, False, False, True):
             processes.add_column(no_wrap=not is_detail)
@@ -86,8 +84,8 @@ class Checklist:
             processes.add_row(
                 "  ",
                 _DONE if is_ready else self._spinner,
-                process.worker_id,
-                f"[dim]{process.elapsed_s:.1f} s[/dim]",
+                Text(process.worker_id),
+                Text(f"{process.elapsed_s:.1f} s", "dim"),
                 _detail(process, is_ready),
             )
         return Group(steps, processes)

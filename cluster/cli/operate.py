@@ -38,7 +38,10 @@ def status(deployment: str | None, num_events: int, as_json: bool) -> None:
 
 
 def scale(sizes: list[str], deployment: str | None, wait: bool, as_json: bool) -> None:
-    pools = dict(map(_parse_size, sizes))
+    parsed = [_parse_size(size) for size in sizes]
+    pools = dict(parsed)
+    if len(pools) < len(parsed):
+        raise ConfigError(f"{' '.join(sizes)} names a pool twice. Give each pool one size")
     started = time.monotonic()
     with control(deployment) as api:
         with translated("the controller"):

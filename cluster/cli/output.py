@@ -21,7 +21,8 @@ _ASCII = {"✓": "+", "✗": "x", "·": "-", "–": "-", "…": "...", "×": "x"
 def _console(is_stderr: bool) -> Console:
     stream = sys.stderr if is_stderr else sys.stdout
     width = None if stream.isatty() else WIDTH_ELSEWHERE
-    return Console(stderr=is_stderr, highlight=False, soft_wrap=True, width=width)
+    # Without markup: an IPv6 address, or a word in brackets of an error, would be taken as a tag.
+    return Console(stderr=is_stderr, highlight=False, markup=False, soft_wrap=True, width=width)
 
 
 out = _console(is_stderr=False)

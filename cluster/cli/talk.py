@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TypeAlias
 
+from rich.text import Text
+
 from paceline.cluster.cli.clients import inference, translated
 from paceline.cluster.cli.output import out, print_json, print_note
 from paceline.cluster.cli.text import as_text, read_stdin
@@ -190,7 +192,7 @@ def _read_line() -> str:
     import readline  # noqa: F401 (gives input() editing and history)
 
     try:
-        return as_text(out.input("[bold]> [/bold]"), "the line").strip()
+        return as_text(out.input(Text("> ", "bold")), "the line").strip()
     except EOFError:
         return ""
     except UnicodeDecodeError as error:

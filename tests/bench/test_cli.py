@@ -97,3 +97,27 @@ async def test_requests_of_a_trace_that_are_cut_are_counted(tmp_path: Path) -> N
         assert {"rate", "concurrency", "input_tokens"}.isdisjoint(
             json.loads(result.stdout)["config"]
         )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--load", "trace", "--trace", "no-such-file"), "'no-such-file' does not exist"),
+        (("--seed", "-1"), "greater than or equal to 0"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_a_router_is_asked(
+    arguments: tuple[str, ...], words: str
+) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("option", ["--output", "--page"])
+def test_a_result_that_could_not_be_kept_is_refused_before_the_load(
+    option: str, tmp_path: Path
+) -> None:
+    error = invoke(option, str(tmp_path / "absent" / "file")).exception
+    assert isinstance(error, ConfigError)
+    assert "absent/file cannot be written: No such file or directory" in str(error)

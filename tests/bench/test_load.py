@@ -79,6 +79,25 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         read(trace)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"timestamp": NaN, "input_length": 7, "output_length": 3}',
+        b'{"timestamp": Infinity, "input_length": 7, "output_length": 3}',
+        b'{"timestamp": 0, "input_length": Infinity, "output_length": 3}',
+        b'{"timestamp": 0, "input_length": 7, "output_length": 3, "hash_ids": null}',
+        b'{"timestamp": 0, "input_length": 7, "output_length": 3, "hash_ids": 5}',
+        b'{"timestamp": "\xff"}',
+        b"[1]",
+    ],
+)
+def test_a_value_that_no_request_can_have_is_named(line: bytes, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_bytes(line)
+    with pytest.raises(ConfigError, match=r"trace\.jsonl:1: "):
+        read(trace)
+
+
 def test_the_committed_trace_can_be_read() -> None:
     planned = read(DEFAULT_TRACE, max_input_tokens=2000)
     assert len(planned) == 200

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from paceline.cluster import deployment_record, lifecycle, ray_head
 from paceline.cluster.cli.app import app
 from paceline.cluster.cli.machine import Finding
+from paceline.cluster.cli.output import out
 from paceline.cluster.deployment_record import DeploymentRecord
 from paceline.cluster.settings_file import DEFAULT_FILE
 from paceline.errors import ConfigError
@@ -406,6 +407,15 @@ def test_status_needs_no_ray_and_is_quick(deployment: lifecycle.Deployment) -> N
     assert result.stdout.rstrip().endswith("loaded set()")
     # 0.3 s alone on a quiet machine; generous, because tests share theirs.
     assert time.monotonic() - began < 3.0
+
+
+def test_scale_takes_one_size_for_each_pool() -> None:
+    with pytest.raises(ConfigError, match="decode=1 decode=2 names a pool twice"):
+        run("scale", "decode=1", "decode=2")
+
+
+def test_brackets_in_what_is_printed_are_no_markup() -> None:
+    assert out.render_str("[fd00::1]:50051").plain == "[fd00::1]:50051"
 
 
 def test_scale_waits_for_the_new_size(deployment: lifecycle.Deployment) -> None:

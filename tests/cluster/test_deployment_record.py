@@ -1,5 +1,6 @@
 """Records of deployments: what happens when their folder cannot be used."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,3 +58,29 @@ def test_a_name_that_no_file_can_have_is_refused(
     monkeypatch.setenv(deployment_record.VARIABLE, str(tmp_path))
     with pytest.raises(ConfigError, match="File name too long"):
         deployment_record.find("x" * 300)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("up_pid", "x"), ("started_s", None), ("ray_folder", 5), ("controller_address", 7)],
+)
+def test_a_record_with_a_value_of_another_type_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    monkeypatch.setenv(deployment_record.VARIABLE, str(tmp_path))
+    deployment_record.claim(RECORD)
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ConfigError, match=rf"mine\.json cannot be read \({name} is "):
+        deployment_record.find("mine")
+
+
+def test_a_claim_leaves_one_whole_record_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(deployment_record.VARIABLE, str(tmp_path))
+    deployment_record.claim(RECORD)
+    with pytest.raises(ConfigError, match=r"an earlier start of the deployment mine|being started"):
+        deployment_record.claim(RECORD)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
+    assert deployment_record.find("mine") == RECORD

@@ -34,6 +34,7 @@ def with_decoder(*steps: decoders.Decoder) -> Tokenizer:
         ([FUSE, METASPACE], "Metaspace.*after Fuse"),
         ([BYTES, METASPACE], "Metaspace.*after Fuse or ByteFallback"),
         ([BYTE_LEVEL, BYTE_LEVEL], "ByteLevel.*after another"),
+        ([BYTES, BYTE_LEVEL], "ByteLevel.*after ByteFallback"),
         ([decoders.Sequence([decoders.Sequence([decoders.WordPiece()])])], "WordPiece"),
     ],
 )
