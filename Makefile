@@ -5,11 +5,12 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 STAMP := .venv/.installed
+COMPUTING := tests/kernels tests/engine/gpu
 
-.PHONY: help install lint type test test-full test-gpu bench proto docs demo clean
+.PHONY: help install lint type test test-kernels test-others test-full test-gpu bench proto docs demo clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Create .venv with the tested set; does nothing when it is up to date
 
@@ -31,8 +32,15 @@ lint: install ## Style, import rules, protos, generated stubs
 type: install ## mypy --strict
 	.venv/bin/mypy
 
-test: install ## The tests without the long matrix
-	.venv/bin/pytest -m "not slow and not gpu"
+# Both halves take one core most of the time.
+test: install ## The tests without the long matrix, in two halves at once
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-kernels test-others
+
+test-kernels: install ## The half that computes: kernels in Triton's interpreter, and the engine
+	.venv/bin/pytest -m "not slow and not gpu" $(COMPUTING)
+
+test-others: install ## The other half
+	.venv/bin/pytest -m "not slow and not gpu" $(COMPUTING:%=--ignore=%)
 
 test-full: install ## Every test that needs no GPU
 	.venv/bin/pytest -m "not gpu"
