@@ -33,6 +33,10 @@ class DecodeSpans(NamedTuple):
     seen as [runs, block_tokens * head_dim]."""
     mask: torch.Tensor
     """float32 [N * kv_heads, 1, W * block_tokens]: 0 where the token counts, else -inf."""
+    hidden: torch.Tensor
+    """int64 [H] places of the tokens that do not count, among the [2 * N * kv_heads * W *
+    block_tokens] gathered keys and values. What an earlier request left there may be infinite or
+    not a number, and would reach the result through a weight of 0."""
     owners: torch.Tensor | None
     """int64 [N] row of each span; None: span n is row n."""
 
@@ -75,9 +79,12 @@ def plan_spans(
     )
     seen = (positions < lengths[:, None]) & (positions >= lows[:, None])
     mask = np.where(seen, np.float32(0), np.float32(-np.inf))
+    mask = np.repeat(mask, num_kv_heads, axis=0)[:, None, :]
+    hidden = np.flatnonzero(mask)
     return DecodeSpans(
         torch.from_numpy(np.stack((runs, runs + 1)).reshape(-1)),
-        torch.from_numpy(np.repeat(mask, num_kv_heads, axis=0)[:, None, :]),
+        torch.from_numpy(mask),
+        torch.from_numpy(np.concatenate((hidden, hidden + mask.size))),
         owners,
     )
 
@@ -97,6 +104,7 @@ def decode_attention(
     batch, _, num_tokens = spans.mask.shape
     runs = spans.runs + layer * (num_kv_heads * 2) if layer else spans.runs
     gathered = kv.view(-1, block_tokens * head_dim).index_select(0, runs)
+    gathered.view(-1, head_dim).index_fill_(0, spans.hidden, 0)
     keys, values = gathered.to(torch.float32).view(2, batch, num_tokens, head_dim).unbind()
     queries = q.to(torch.float32)
     if spans.owners is not None:

@@ -23,12 +23,12 @@ NUM_LAYERS = 2
 def make_paged(
     lengths: list[int], *, kv_heads: int, head_dim: int, block_tokens: int, dtype: torch.dtype
 ) -> Paged:
-    """Scatter random sequences over a pool that is otherwise full of large numbers."""
+    """Scatter random sequences over a pool that is otherwise full of what is not a number."""
     torch.manual_seed(sum(lengths))
     columns = max(-(-length // block_tokens) for length in lengths)
     num_blocks = columns * len(lengths) + 1
     shape = (num_blocks, NUM_LAYERS, kv_heads, 2, block_tokens, head_dim)
-    kv = torch.full(shape, 1e4, dtype=dtype)
+    kv = torch.full(shape, torch.nan, dtype=dtype)
     order = np.random.default_rng(0).permutation(num_blocks)[: columns * len(lengths)]
     tables = order.reshape(len(lengths), columns).astype(np.int32)
     keys = [torch.randn(length, kv_heads, head_dim).to(dtype) for length in lengths]
