@@ -24,6 +24,8 @@ _OF_REQUESTS = frozenset(
         "eta_cutoff",
         "length_penalty",
         "max_length",
+        "max_sequence_length",
+        "_flash_attn_2_enabled",
         "max_new_tokens",
         "min_length",
         "min_new_tokens",
@@ -137,6 +139,10 @@ _NOT_GENERATED = (
 _QUANTISATIONS = ("quantization_config", "compression_config")
 
 
+MAX_NUMBER = 2**31 - 1
+"""What the engine's indices hold."""
+
+
 class ConfigKeys:
     """The keys of a config.json; remembers which were read."""
 
@@ -150,19 +156,38 @@ class ConfigKeys:
         self._read.add(key)
         return self._values.get(key, default)
 
-    def number(self, key: str, default: int | None = None) -> int:
+    def number(
+        self,
+        key: str,
+        default: int | None = None,
+        *,
+        minimum: int = 1,
+        maximum: int = MAX_NUMBER,
+    ) -> int:
         value = self.get(key, default)
         if value is None:
             raise ConfigError(
                 f"{self.source} has no {key}, without which the model's shape is unknown. "
                 "Set model.path to a folder with a complete config.json."
             )
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not is_whole or not minimum <= value <= maximum:
             raise ConfigError(
-                f"{self.source} says {key} = {value!r}, and it must be a whole number of at least "
-                "1. Correct the file."
+                f"{self.source} says {key} = {value!r}, and it must be a whole number from "
+                f"{minimum} to {maximum}. Correct the file."
             )
-        return value
+        return int(value)
+
+    def texts(self, key: str) -> list[str]:
+        """Return a list of texts; a single one counts as a list, an absent key as an empty one."""
+        value = self.get(key, [])
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(
+                f"{self.source} says {key} = {value!r}, and it must be a list of texts. Correct "
+                "the file."
+            )
+        return texts
 
     def real(self, key: str, default: float) -> float:
         value = self.get(key, default)

@@ -16,6 +16,8 @@ from paceline.model_files.end_tokens import EndSource, EndToken, merge_end_token
 from paceline.model_files.json_object import read_json_object, read_json_object_if_there
 
 GENERATION_CONFIG = "generation_config.json"
+MAX_LAYERS = 10_000
+"""Far beyond any model; more would take memory before the missing tensors are noticed."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -117,7 +119,7 @@ def parse_model_config(
     check_generation(generation, str(Path(source).with_name(GENERATION_CONFIG)))
     hidden_size = keys.number("hidden_size")
     num_heads = keys.number("num_attention_heads")
-    num_layers = keys.number("num_hidden_layers")
+    num_layers = keys.number("num_hidden_layers", maximum=MAX_LAYERS)
     max_position = keys.number("max_position_embeddings")
     is_as_many = name == "LlamaForCausalLM" or keys.is_null("num_key_value_heads")
     num_kv_heads = keys.number("num_key_value_heads", num_heads if is_as_many else None)
@@ -174,8 +176,8 @@ def parse_model_config(
 def _architecture(keys: ConfigKeys) -> tuple[str, Architecture]:
     model_type = str(keys.get("model_type", ""))
     by_type = MODEL_TYPES.get(model_type, "")
-    names = keys.get("architectures", None) or [by_type]
-    for name in names if isinstance(names, list) else [names]:
+    names = keys.texts("architectures") or [by_type]
+    for name in names:
         if name in ARCHITECTURES:
             if model_type and by_type != name:
                 raise UnsupportedModelError(
@@ -184,7 +186,7 @@ def _architecture(keys: ConfigKeys) -> tuple[str, Architecture]:
                     "another model."
                 )
             return name, ARCHITECTURES[name]
-    found = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
+    found = ", ".join(names)
     raise UnsupportedModelError(
         f"{keys.source} names the architecture {found or '(none)'}, which is not implemented. "
         f"Choose a model with one of: {', '.join(ARCHITECTURES)}."
@@ -273,10 +275,10 @@ def _read_unused_window(keys: ConfigKeys, max_position: int) -> None:
 def _windows_by_layer(keys: ConfigKeys, num_layers: int) -> tuple[int | None, ...]:
     used = keys.flag("use_sliding_window", False)
     # Read always: without a window it changes nothing.
-    window = keys.get("sliding_window", None if keys.is_null("sliding_window") else 4096)
+    window = None if keys.is_null("sliding_window") else keys.number("sliding_window", 4096)
     window_or_none = window if used else None
-    first = keys.get("max_window_layers", 28)
-    kinds = keys.get("layer_types", None) or [
+    first = keys.number("max_window_layers", 28, minimum=0)
+    kinds = keys.texts("layer_types") or [
         "sliding_attention" if window_or_none is not None and layer >= first else "full_attention"
         for layer in range(num_layers)
     ]

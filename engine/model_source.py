@@ -108,7 +108,8 @@ def find_model(path: str) -> Path:
 
 
 def _find_in_package(name: str) -> Path:
-    spec = find_spec(name) if name.isidentifier() else None
+    # __main__ has no place of its own, and find_spec fails for it.
+    spec = find_spec(name) if name.isidentifier() and name != "__main__" else None
     roots = [Path(root) for root in (spec.submodule_search_locations or ())] if spec else []
     if not roots:
         raise ConfigError(

