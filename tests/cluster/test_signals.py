@@ -93,7 +93,8 @@ def start(folder, settings):
     folder.mkdir()
     subprocess.Popen(["sleep", "60"], cwd=folder, start_new_session=True)
     print("starting", flush=True)
-    time.sleep(60)
+    for _ in range(600):  # a signal just before a long sleep would not cut it short
+        time.sleep(0.1)
 
 ray_head.start = start
 from paceline.cluster.cli import main
