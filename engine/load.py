@@ -14,7 +14,7 @@ from paceline.engine.host_memory import host_memory
 from paceline.engine.kv_pool import TORCH_DTYPES, KvPool, num_blocks_that_fit
 from paceline.engine.model_config import ModelConfig, read_model_config
 from paceline.engine.model_facts import choose_dtype, choose_model_len
-from paceline.engine.model_source import ModelFolder
+from paceline.engine.model_source import ModelFolder, check_unchanged
 from paceline.engine.models.llama import LlamaModel
 from paceline.engine.parallel import ParallelContext
 from paceline.engine.settings import EngineSettings, ModelSettings
@@ -97,6 +97,7 @@ def load_engine(
     )
     timed = _Checklist(on_step)
     weights = _load_weights(model, folder, config, dtype, device, parallel, timed, on_progress)
+    check_unchanged(folder, model)
     llama = LlamaModel(config, weights, parallel)
     # Random weights are not the same on every kind of device.
     source = f"-{device.type}" if model.load_format == "dummy" and device.type != "cpu" else ""

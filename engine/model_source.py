@@ -1,36 +1,21 @@
 """From the setting model.path to a folder that workers can load, converted and cached."""
 
 import hashlib
-import json
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from paceline.engine.gguf.check import check_gguf
+from paceline.engine.gguf.converted import OnProgress, convert_once
 from paceline.engine.settings import ModelSettings
 from paceline.engine.weight_files import WeightFiles, find_weight_files, join_names
-from paceline.errors import ConfigError, UnsupportedModelError
+from paceline.errors import ConfigError
 
-CACHE_FORMAT = 2
-"""Grows when what is written into a cached folder changes."""
-CONVERSION_TIMEOUT_S = 1800.0
-"""Far longer than converting the largest file takes; another process may be converting it."""
 PACKAGE_PREFIX = "package:"
 _READ_SUFFIXES = frozenset({".json", ".jinja", ".safetensors"})
 SAMPLES_A_FILE = 64
 SAMPLE_BYTES = 4096
-
-OnProgress = Callable[[str, float], None]
-"""Called with (what is being done, share of it that is done)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +39,27 @@ def prepare_model(settings: ModelSettings, cache_dir: Path, on_progress: OnProgr
     """
     path = locate_model(settings)
     name = settings.served_model_name or path.name.removesuffix(".gguf")
-    is_gguf = path.is_file()
-    if not is_gguf:
-        try:
-            revision = _folder_revision(path, settings.load_format == "dummy")
-        except OSError as error:
-            raise ConfigError(
-                f"A file of the model cannot be read: {error}. Let this user read it, or download "
-                "the model again."
-            ) from None
-        return ModelFolder(path, revision, name)
+    if path.is_dir():
+        return ModelFolder(path, _folder_revision(path, settings), name)
     check_gguf(path)  # in a second, before a large file is digested
-    digest = _file_digest(path)
     dtype = "float32" if settings.dtype == "auto" else settings.dtype
-    folder = cache_dir / f"{path.stem}-{digest[:16]}-{dtype}-v{CACHE_FORMAT}"
-    if not folder.exists():
-        _convert_once(path, dtype, folder, on_progress)
-    return ModelFolder(folder, digest, name)
+    converted = convert_once(path, dtype, cache_dir, on_progress)
+    return ModelFolder(converted.folder, converted.digest, name)
+
+
+def check_unchanged(folder: ModelFolder, settings: ModelSettings) -> None:
+    """Raise ConfigError if files of the model have changed since `prepare_model`.
+
+    Called when they have been loaded: the revision must be that of what was read.
+    """
+    # A converted folder is written once.
+    if find_model(settings.path) == folder.path and (
+        _folder_revision(folder.path, settings) != folder.revision
+    ):
+        raise ConfigError(
+            f"Files in {folder.path} changed while the model was being loaded, so nothing says "
+            "which weights were read. Start again when the folder is complete."
+        )
 
 
 def locate_model(settings: ModelSettings) -> Path:
@@ -159,94 +148,24 @@ def _check_links(folder: Path) -> None:
         )
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-
-
-def _folder_revision(folder: Path, weights_are_random: bool) -> str:
+def _folder_revision(folder: Path, settings: ModelSettings) -> str:
     """Digest config.json, the index, and of each weight file the size and a sample of its pages."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    found = WeightFiles(()) if weights_are_random else find_weight_files(folder)
-    if found.index is not None:
-        digest.update(b"|index|" + found.index.read_bytes())
-    for path in found.paths:
-        size = path.stat().st_size
-        digest.update(f"|{path.name}|{size}|".encode())
-        with path.open("rb") as file:
-            for sample in range(SAMPLES_A_FILE):
-                file.seek(sample * size // SAMPLES_A_FILE)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:32]
-
-
-def _convert_once(source: Path, dtype: str, folder: Path, on_progress: OnProgress) -> None:
-    """Make `folder` appear whole or not at all, whoever else tries at the same time."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock", timeout=CONVERSION_TIMEOUT_S):
-            if folder.exists():
-                return
-            partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-            try:
-                _run_conversion(source, dtype, partial, on_progress)
-                partial.chmod(0o755)  # mkdtemp lets nobody else read
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except Timeout:
-        raise ConfigError(
-            f"Another process has held {folder}.lock for {CONVERSION_TIMEOUT_S:.0f} s, and "
-            f"{source} cannot be converted meanwhile. Stop that process, or change the cache."
-        ) from None
+        digest = hashlib.sha256((folder / "config.json").read_bytes())
+        is_random = settings.load_format == "dummy"
+        found = WeightFiles(()) if is_random else find_weight_files(folder)
+        if found.index is not None:
+            digest.update(b"|index|" + found.index.read_bytes())
+        for path in found.paths:
+            size = path.stat().st_size
+            digest.update(f"|{path.name}|{size}|".encode())
+            with path.open("rb") as file:
+                for sample in range(SAMPLES_A_FILE):
+                    file.seek(sample * size // SAMPLES_A_FILE)
+                    digest.update(file.read(SAMPLE_BYTES))
     except OSError as error:
         raise ConfigError(
-            f"{source} is converted into {folder.parent}, which cannot be written: {error}. Make "
-            "room there and let this user write, or name another folder in PACELINE_CACHE_DIR."
+            f"A file of the model cannot be read: {error}. Let this user read it, or download "
+            "the model again."
         ) from None
-
-
-def _run_conversion(source: Path, dtype: str, folder: Path, on_progress: OnProgress) -> None:
-    quiet = {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TQDM_DISABLE": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    command = [sys.executable, "-m", "paceline.engine.gguf.conversion"]
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints,
-        subprocess.Popen(
-            [*command, str(source), dtype, str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            encoding="utf-8",
-            env=os.environ | quiet,
-        ) as process,
-    ):
-        deadline = threading.Timer(CONVERSION_TIMEOUT_S, process.kill)
-        deadline.start()
-        error: dict[str, str] = {}
-        try:
-            for line in process.stdout or ():
-                message = json.loads(line)
-                if "progress" in message:
-                    on_progress(f"Converting {source.name}", float(message["progress"]))
-                else:
-                    error = message
-            code = process.wait()
-        finally:
-            deadline.cancel()
-            process.kill()
-        if code == 0:
-            return
-        if "error" in error:
-            kind = UnsupportedModelError if "Unsupported" in error["error"] else ConfigError
-            raise kind(error["message"])
-        complaints.seek(0)
-        last = complaints.read().strip().splitlines()[-1:] or ["it said nothing"]
-        raise ConfigError(
-            f"Converting {source} to {dtype} ended with status {code}: {last[0]}. Make sure that "
-            f"the disk of {folder.parent} and the memory hold the model, or set model.path to a "
-            "safetensors folder."
-        )
+    return digest.hexdigest()[:32]

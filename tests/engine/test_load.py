@@ -8,6 +8,7 @@ import pytest
 import torch
 from model_references import logits_of, write_model
 
+from paceline.engine import load as load_module
 from paceline.engine.load import LoadedEngine, load_engine
 from paceline.engine.model_source import prepare_model
 from paceline.engine.settings import EngineSettings, ModelSettings
@@ -120,3 +121,18 @@ def test_a_gpu_that_is_not_there_is_refused_with_the_reason(tmp_path: Path) -> N
     write_model(tmp_path, "LlamaForCausalLM")
     with pytest.raises(ConfigError, match=r"device is cuda, and torch .* Or set device to cpu"):
         load(tmp_path, device="cuda")
+
+
+def test_a_folder_that_changes_while_it_is_loaded_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path, "LlamaForCausalLM")
+    load_weights = load_module.load_weights
+
+    def change_first(*arguments: Any, **options: Any) -> Any:
+        write_model(tmp_path, "LlamaForCausalLM", seed=1)
+        return load_weights(*arguments, **options)
+
+    monkeypatch.setattr(load_module, "load_weights", change_first)
+    with pytest.raises(ConfigError, match="changed while the model was being loaded"):
+        load(tmp_path)

@@ -106,7 +106,7 @@ def test_file_that_is_no_gguf_is_refused_and_leaves_nothing(tmp_path: Path) -> N
 def test_what_a_gguf_file_says_is_refused_before_the_file_is_digested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_source, "_file_digest", lambda path: pytest.fail("digested"))
+    monkeypatch.setattr(model_source, "convert_once", lambda *_: pytest.fail("digested"))
     model = make_model("LlamaForCausalLM")
     other = write_gguf(tmp_path / "other.gguf", {}, {}, "qwen2moe")
     with pytest.raises(UnsupportedModelError, match=r"'qwen2moe'.*one of: llama, qwen2, qwen3"):
@@ -134,21 +134,6 @@ def test_cache_that_cannot_be_written_is_named_with_the_variable_to_set(tmp_path
     (tmp_path / "cache").touch()
     with pytest.raises(ConfigError, match=r"cache/models.*Not a directory.*PACELINE_CACHE_DIR"):
         prepare(tmp_path / "cache" / "models", path=str(path))
-
-
-def test_held_lock_ends_in_an_error_that_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model_source, "CONVERSION_TIMEOUT_S", 0.05)
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF")
-    folder = tmp_path / "cache" / "folder"
-    folder.parent.mkdir()
-    with (
-        model_source.FileLock(f"{folder}.lock"),
-        pytest.raises(ConfigError, match=r"folder\.lock"),
-    ):
-        model_source._convert_once(path, "float32", folder, lambda name, share: None)
 
 
 @needs_smollm2
