@@ -10,9 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from paceline.cluster.runtime_folder import ray_folder, runtime_dir, usable
 from paceline.errors import ConfigError
-
-VARIABLE = "PACELINE_RUNTIME_DIR"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +24,8 @@ class DeploymentRecord:
     started_s: float
     """Unix seconds."""
     settings_file: str
-    ray_folder: str | None
-    """Of a Ray that was started for it; None: it joined another one."""
+    has_own_ray: bool
+    """Whether a Ray was started for it; otherwise it joined another one."""
     ray_address: str = ""
     """Empty until Ray is up."""
     controller_address: str = ""
@@ -35,6 +34,11 @@ class DeploymentRecord:
     @property
     def is_up(self) -> bool:
         return bool(self.controller_address)
+
+    @property
+    def ray_folder(self) -> Path | None:
+        """Of its own Ray. Derived, so that no record can name another folder to be removed."""
+        return ray_folder(self.deployment) if self.has_own_ray else None
 
     @property
     def namespace(self) -> str:
@@ -47,7 +51,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "up_pid": (int,),
     "started_s": (int, float),
     "settings_file": (str,),
-    "ray_folder": (str, type(None)),
+    "has_own_ray": (bool,),
     "ray_address": (str,),
     "controller_address": (str,),
 }
@@ -57,21 +61,9 @@ def namespace_of(deployment: str) -> str:
     return f"paceline-{deployment}"
 
 
-def runtime_dir() -> Path:
-    """Name this user's folder of records: $PACELINE_RUNTIME_DIR or /tmp/paceline-UID."""
-    given = os.environ.get(VARIABLE)
-    return Path(given).absolute() if given else Path(f"/tmp/paceline-{os.getuid()}")
-
-
 def claim(record: DeploymentRecord) -> None:
     """Write the first record. Raises ConfigError if the deployment is up or being started."""
-    folder = runtime_dir()
-    with _usable(folder):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise ConfigError(
-                f"{folder} belongs to another user; set {VARIABLE} to a folder of your own"
-            )
+    with usable(create=True):
         path = _path(record.deployment)
         partial = path.with_suffix(f".{os.getpid()}")
         try:
@@ -89,7 +81,7 @@ def update(record: DeploymentRecord, **changes: str) -> DeploymentRecord:
     changed = replace(record, **changes)  # type: ignore[arg-type]
     path = _path(record.deployment)
     partial = path.with_suffix(".partial")
-    with _usable(runtime_dir()):
+    with usable():
         partial.write_text(json.dumps(asdict(changed)), encoding="utf-8")
         partial.replace(path)
     return changed
@@ -97,8 +89,7 @@ def update(record: DeploymentRecord, **changes: str) -> DeploymentRecord:
 
 def remove(deployment: str) -> None:
     """Forget a deployment; and the folder, if it was the last one."""
-    folder = runtime_dir()
-    with _usable(folder):
+    with usable() as folder:
         _path(deployment).unlink(missing_ok=True)
         if folder.exists() and not any(folder.iterdir()):
             folder.rmdir()
@@ -106,9 +97,8 @@ def remove(deployment: str) -> None:
 
 def records() -> Iterator[DeploymentRecord]:
     """Yield every deployment of this user on this machine."""
-    folder = runtime_dir()
     paths: list[Path] = []
-    with _usable(folder), contextlib.suppress(FileNotFoundError):
+    with usable() as folder, contextlib.suppress(FileNotFoundError):
         paths += [path for path in folder.iterdir() if path.suffix == ".json"]
     for path in sorted(paths):
         record = _read(path)
@@ -138,29 +128,19 @@ def find(deployment: str | None) -> DeploymentRecord:
     return found[0]
 
 
-@contextlib.contextmanager
-def _usable(folder: Path) -> Iterator[None]:
-    """Raise ConfigError if the block cannot read or write in the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"the runtime folder {folder} cannot be used: {error}. Set {VARIABLE} to a short path "
-            "that you can write to"
-        ) from None
-
-
 def _path(deployment: str) -> Path:
     return runtime_dir() / f"{deployment}.json"
 
 
 def _read(path: Path) -> DeploymentRecord | None:
     try:
-        with _usable(runtime_dir()), contextlib.suppress(FileNotFoundError):
+        with usable(), contextlib.suppress(FileNotFoundError):
             record = DeploymentRecord(**json.loads(path.read_text(encoding="utf-8")))
             for name, kinds in _TYPES.items():
                 if not isinstance(value := getattr(record, name), kinds):
                     raise TypeError(f"{name} is {value!r}")
+            if path.stem != record.deployment:
+                raise ValueError(f"it is of the deployment {record.deployment!r}")
             return record
         return None
     except (ValueError, TypeError) as error:

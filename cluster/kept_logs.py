@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from paceline.cluster import deployment_record
+from paceline.cluster.runtime_folder import runtime_dir
 
 MAX_STARTS = 5
 """Deployments with kept logs; of each, those of its last start."""
@@ -43,7 +43,7 @@ def forget(deployment: str) -> None:
 
 
 def _folder() -> Path:
-    return deployment_record.runtime_dir() / "logs"
+    return runtime_dir() / "logs"
 
 
 def _newest(paths: Iterator[Path]) -> list[Path]:

@@ -1,11 +1,9 @@
 """Bring a deployment up, and take it down so that nothing of it is left."""
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from paceline.cluster import deployment_record, kept_logs, ray_driver, ray_head, signals
@@ -70,7 +68,7 @@ def up(
         up_pid=os.getpid(),
         started_s=time.time(),
         settings_file=settings_file,
-        ray_folder=None if settings.ray.address else str(_ray_folder(settings.deployment)),
+        has_own_ray=settings.ray.address is None,
     )
     deployment_record.claim(record)
     try:
@@ -90,7 +88,7 @@ def up(
     except BaseException as error:
         # Whatever the reason, a signal included: nothing may stay but the logs of a failure.
         if record.ray_folder is not None and isinstance(error, Exception):
-            logs = kept_logs.keep(record.deployment, Path(record.ray_folder))
+            logs = kept_logs.keep(record.deployment, record.ray_folder)
             if logs is not None:
                 error.add_note(f"Logs of the start: {logs}, until the next one of this name")
         _end(record)
@@ -124,15 +122,10 @@ def connected(record: DeploymentRecord) -> "Iterator[ActorHandle[Any]]":
         yield ray.get_actor("controller", record.namespace)
 
 
-def _ray_folder(deployment: str) -> Path:
-    digest = hashlib.blake2b(deployment.encode(), digest_size=4).hexdigest()
-    return deployment_record.runtime_dir() / f"r-{digest}"
-
-
 def _prepare_ray(settings: DeploymentSettings, record: DeploymentRecord) -> str:
     """Start a Ray, or find the one to join; return its address."""
     if record.ray_folder is not None:
-        return ray_head.start(Path(record.ray_folder), settings.ray)
+        return ray_head.start(record.ray_folder, settings.ray)
     address = settings.ray.address
     assert address is not None
     if not ray_head.answers(address, min(5.0, settings.ray.start_timeout_s)):
@@ -211,7 +204,7 @@ def _end(record: DeploymentRecord) -> None:
                     raise
                 # What did not end by itself is killed with its Ray.
         if record.ray_folder is not None:
-            ray_head.stop(Path(record.ray_folder))
+            ray_head.stop(record.ray_folder)
         deployment_record.remove(record.deployment)
 
 

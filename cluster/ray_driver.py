@@ -9,8 +9,9 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from paceline.cluster import deployment_record, ray_head, signals
+from paceline.cluster import ray_head, signals
 from paceline.cluster.deployment_record import DeploymentRecord
+from paceline.cluster.runtime_folder import runtime_dir
 from paceline.errors import ConfigError
 
 
@@ -22,7 +23,7 @@ def joined(record: DeploymentRecord, address: str) -> Iterator[None]:
 
         try:
             # Ray puts the driver's working directory on every process's import path: an empty one.
-            with contextlib.chdir(deployment_record.runtime_dir()), _undisturbed():
+            with contextlib.chdir(runtime_dir()), _undisturbed():
                 _init(address, record.namespace)
             # Ray writes each death on our stdout, `up --json` included; the controller reports it.
             with _replaced(ray._private.worker, "print_to_stdstream", _ignore):
@@ -78,7 +79,7 @@ def _undisturbed() -> Iterator[None]:
 def _environment(record: DeploymentRecord) -> Iterator[None]:
     """Give this process the environment of a Ray that `up` started. For another Ray, keep it."""
     folder = record.ray_folder
-    changes = {} if folder is None else ray_head.driver_environment(Path(folder))
+    changes = {} if folder is None else ray_head.driver_environment(folder)
     before = {name: os.environ.get(name) for name in changes}
     _set(changes)
     try:

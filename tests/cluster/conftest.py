@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 from fake_deployment import make_settings, start
 
-from paceline.cluster import deployment_record, lifecycle, ray_head
+from paceline.cluster import lifecycle, ray_head
+from paceline.cluster.runtime_folder import VARIABLE
 
 
 @pytest.fixture(scope="session")
 def runtime_folder() -> Iterator[Path]:
     """A folder for records and Ray: short, because Ray makes sockets in it."""
     folder = Path(tempfile.mkdtemp(prefix="pl-", dir="/tmp"))
-    os.environ[deployment_record.VARIABLE] = str(folder)
+    os.environ[VARIABLE] = str(folder)
     yield folder
-    del os.environ[deployment_record.VARIABLE]
+    del os.environ[VARIABLE]
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -35,5 +36,5 @@ def deployment(runtime_folder: Path, orders: Path) -> Iterator[lifecycle.Deploym
     yield started
     lifecycle.down("test")
     assert started.record.ray_folder is not None
-    assert ray_head.find_processes(Path(started.record.ray_folder)) == []
+    assert ray_head.find_processes(started.record.ray_folder) == []
     assert list(runtime_folder.glob("*")) == []

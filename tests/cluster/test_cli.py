@@ -268,7 +268,9 @@ def test_check_does_not_blame_a_deployment_for_its_own_port(
     taken_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PACELINE_RUNTIME_DIR", str(tmp_path))
-    record = DeploymentRecord("local", 1, 0.0, "x", None, controller_address="127.0.0.1:1")
+    record = DeploymentRecord(
+        "local", 1, 0.0, "x", has_own_ray=False, controller_address="127.0.0.1:1"
+    )
     deployment_record.claim(record)
     findings = json.loads(run("check", "--json", "--set", f"router.grpc_port={taken_port}"))
     [port] = [finding for finding in findings if finding["name"] == "router.grpc_port"]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from fake_deployment import make_settings, start
 
-from paceline.cluster import deployment_record, kept_logs, ray_head
+from paceline.cluster import kept_logs, ray_head
+from paceline.cluster.runtime_folder import VARIABLE
 from paceline.cluster.settings import RaySettings
 from paceline.errors import ConfigError
 
@@ -13,7 +14,7 @@ from paceline.errors import ConfigError
 @pytest.fixture(autouse=True)
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "runtime"
-    monkeypatch.setenv(deployment_record.VARIABLE, str(folder))
+    monkeypatch.setenv(VARIABLE, str(folder))
     return folder
 
 

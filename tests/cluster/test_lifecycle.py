@@ -102,7 +102,7 @@ def test_every_server_listens_on_loopback_only(deployment: lifecycle.Deployment)
     assert deployment.record.ray_folder is not None
     listening = {
         connection.laddr.ip
-        for found in ray_head.find_processes(Path(deployment.record.ray_folder))
+        for found in ray_head.find_processes(deployment.record.ray_folder)
         for connection in found.net_connections(kind="inet")
         if connection.status == psutil.CONN_LISTEN
     }
@@ -183,7 +183,7 @@ def test_a_second_start_of_the_same_name_is_refused(
 def ray_address(deployment: lifecycle.Deployment, monkeypatch: pytest.MonkeyPatch) -> str:
     """The Ray of the shared deployment as one to join, with its token where Ray looks for it."""
     assert deployment.record.ray_folder is not None
-    token_path = ray_head.token_path(Path(deployment.record.ray_folder))
+    token_path = ray_head.token_path(deployment.record.ray_folder)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token_path))
     monkeypatch.setenv(ray_head.LOOPBACK_VARIABLE, "0")
@@ -222,7 +222,7 @@ def test_two_deployments_with_a_ray_each_do_not_meet(
     started = start(make_settings(tmp_path, deployment="other"))
     assert dict(os.environ) == environment
     assert started.record.ray_folder is not None
-    folder = Path(started.record.ray_folder)
+    folder = started.record.ray_folder
     assert stat.S_IMODE(ray_head.token_path(folder).stat().st_mode) == 0o600
     assert {p.state for p in status("other").processes} == {READY}
     lifecycle.down("other")
@@ -293,12 +293,13 @@ def test_ending_what_is_not_up_says_so(runtime_folder: Path) -> None:
 
 
 def test_a_start_that_was_cut_off_can_be_cleaned_up(runtime_folder: Path) -> None:
-    folder = runtime_folder / "r-cut"
-    folder.mkdir()
     record = deployment_record.DeploymentRecord(
-        deployment="cut", up_pid=2**22, started_s=0.0, settings_file="x", ray_folder=str(folder)
+        deployment="cut", up_pid=2**22, started_s=0.0, settings_file="x", has_own_ray=True
     )
     deployment_record.claim(record)
+    folder = record.ray_folder
+    assert folder is not None
+    folder.mkdir()
     with pytest.raises(ConfigError, match="Clean up with paceline down --deployment cut"):
         deployment_record.claim(record)
     lifecycle.down("cut")

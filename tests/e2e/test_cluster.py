@@ -18,8 +18,9 @@ from fake_deployment import SilentWatcher
 from reference import Reference
 from tiny_models import prepare, write_tiny_model
 
-from paceline.cluster import deployment_record, lifecycle, ray_head
+from paceline.cluster import lifecycle, ray_head
 from paceline.cluster.cli.clients import control
+from paceline.cluster.runtime_folder import VARIABLE
 from paceline.cluster.settings import DeploymentSettings
 from paceline.v1 import control_pb2, inference_pb2, inference_pb2_grpc
 
@@ -52,7 +53,7 @@ def cluster(
     prepare(path, path / "cache")
     runtime = Path(tempfile.mkdtemp(prefix="pl-", dir="/tmp"))
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setenv(deployment_record.VARIABLE, str(runtime))
+    monkeypatch.setenv(VARIABLE, str(runtime))
     workers: dict[str, Any] = {"num_threads": 1, "num_kv_blocks": 256, "max_num_seqs": 16}
     if request.param == "cuda":
         share = 1.0 if torch.cuda.device_count() >= 4 else 0.25
@@ -72,7 +73,7 @@ def cluster(
     yield Cluster(router.address, reference)
     lifecycle.down(NAME)
     assert started.record.ray_folder is not None
-    assert ray_head.find_processes(Path(started.record.ray_folder)) == []
+    assert ray_head.find_processes(started.record.ray_folder) == []
     assert list(runtime.glob("*")) == []
     monkeypatch.undo()
     shutil.rmtree(runtime, ignore_errors=True)
