@@ -35,6 +35,8 @@ MEMBERSHIP_TIMEOUT_S = 2.0
 """For a process to take a membership; who does not answer gets the next one."""
 STOP_TIMEOUT_S = 10.0
 """For a process to end by itself, beside a router's own drain_timeout_s."""
+KILL_TIMEOUT_S = 5.0
+"""For Ray to take the order. A process of this machine has had SIGKILL by then."""
 NUM_EVENTS = 200
 
 
@@ -62,9 +64,9 @@ class Controller:
         self._processes: dict[ProcessName, Supervised] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
-        # Above what processes have from a controller before this one.
-        self._membership = Membership(time.time_ns(), ())
-        self._last_incarnation = 0
+        self._last_number = 0
+        """Incarnation or version of a membership that was given last."""
+        self._membership = Membership(0, ())
         self._shutting_down = False
         limits = settings.controller
         self._back_off = BackOff(
@@ -148,11 +150,14 @@ class Controller:
         self._wake.set()
         for is_worker in (False, True):
             ending = [
-                self._stop(p)
+                p
                 for p in self._processes.values()
                 if p.name.role.is_worker is is_worker and not _is_dead(p)
             ]
-            await asyncio.gather(*ending)
+            for process in ending:
+                if process.state is not ProcessState.STOPPING:
+                    process.move(ProcessState.STOPPING)
+            await asyncio.gather(*map(self._stop, ending))
 
     def _checked_pools(self, sizes: Mapping[str, int]) -> dict[Role, int]:
         checked: dict[Role, int] = {}
@@ -180,21 +185,21 @@ class Controller:
 
     async def adopt(self) -> None:
         """Take over what an earlier controller left, before anybody may ask about it."""
+        self._last_number = await self._launcher.first_number()
+        self._membership = Membership(self._last_number, ())
         remembered = await self._launcher.load_wanted()
         if remembered is not None:
             self.wanted |= remembered
         now = time.monotonic()
         for process in await self._launcher.adopt():
             self._log(f"{process.name.worker_id} lives already and is kept")
-            self._last_incarnation = max(self._last_incarnation, process.name.incarnation)
             adopted = Supervised(process.name, started_s=now, process=process, is_adopted=True)
             self._supervise(adopted)
 
     def _perform(self, action: Action, now: float) -> None:
         match action:
             case Start(role, number):
-                self._last_incarnation = max(time.time_ns(), self._last_incarnation + 1)
-                name = ProcessName(role, number, self._last_incarnation)
+                name = ProcessName(role, number, self._next_number())
                 failure = self._forget_dead(name.worker_id)
                 again = f" again after: {failure}" if failure else ""
                 self._log(f"{name.worker_id} is started{again}")
@@ -206,8 +211,10 @@ class Controller:
                 self._log(f"{name.worker_id} drains")
                 self._spawn(self._drain(process), f"drain {name}")
             case Stop(name):
+                process = self._processes[name]
+                process.move(ProcessState.STOPPING)  # now: the next plan may come before the task
                 self._log(f"{name.worker_id} is stopped")
-                self._spawn(self._stop(self._processes[name]), f"stop {name}")
+                self._spawn(self._stop(process), f"stop {name}")
 
     def _supervise(self, process: Supervised) -> None:
         self._processes[process.name] = process
@@ -251,10 +258,10 @@ class Controller:
         self._wake.set()
 
     async def _bury(self, process: Supervised, cause: str) -> None:
+        if process.process is not None:
+            await self._kill(process)
         was_told = process.state in (ProcessState.STOPPING, ProcessState.DRAINING)
         now = time.monotonic()
-        if process.process is not None:
-            await process.process.kill()
         process.move(ProcessState.DEAD)
         if was_told:
             self._back_off.forget(process.name.worker_id)
@@ -295,7 +302,7 @@ class Controller:
             )
             if reason is not None:
                 process.end_reason = reason
-                await process.process.kill()
+                await self._kill(process)
                 return
             await asyncio.sleep(interval_s if process.ready_s is not None else interval_s / 5)
 
@@ -314,7 +321,7 @@ class Controller:
                 await process.process.drain()
 
     async def _stop(self, process: Supervised) -> None:
-        process.move(ProcessState.STOPPING)
+        """End a process that is STOPPING."""
         if process.process is None:
             return  # its own task sees the state when it has been launched
         limit_s = STOP_TIMEOUT_S
@@ -327,14 +334,26 @@ class Controller:
             self._log(f"{process.name.worker_id} did not end within {limit_s:g} s and is killed")
         except ProcessDiedError as error:
             logger.debug("event=died_while_stopping worker_id=%s error=%s", process.name, error)
-        await process.process.kill()
+        await self._kill(process)
+
+    async def _kill(self, process: Supervised) -> None:
+        """Kill a process that has been launched; whoever waits for that goes on in time."""
+        assert process.process is not None
+        try:
+            async with asyncio.timeout(KILL_TIMEOUT_S):
+                await process.process.kill()
+        except TimeoutError:
+            self._log(
+                f"{process.name.worker_id} may live still: Ray has not ended it within "
+                f"{KILL_TIMEOUT_S:g} s"
+            )
 
     async def _spread_membership(self) -> None:
         if not is_membership_known(self._processes.values(), time.monotonic()):
             return  # those who serve go on with what the earlier controller said
         members = members_of(self._processes.values())
         if members != self._membership.members:
-            self._membership = Membership(self._membership.version + 1, members)
+            self._membership = Membership(self._next_number(), members)
         behind = [
             p
             for p in self._processes.values()
@@ -350,6 +369,10 @@ class Controller:
                 if process.acknowledged_version < membership.version:
                     await process.process.update_membership(membership)
                     process.acknowledged_version = membership.version
+
+    def _next_number(self) -> int:
+        self._last_number += 1
+        return self._last_number
 
     def _num_live(self, role: Role) -> int:
         return sum(

@@ -130,5 +130,12 @@ class Launcher(Protocol):
     async def save_wanted(self, wanted: Mapping[Role, int]) -> None:
         """Remember the wanted sizes for a controller that replaces this one."""
 
+    async def first_number(self) -> int:
+        """Return a number above all that controllers before this one can have given.
+
+        Whatever the clock says, so that no process takes a membership for an old one because the
+        clock was set back.
+        """
+
     async def load_wanted(self) -> dict[Role, int] | None:
         """Return the remembered sizes; None if there are none."""

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 KEY_SPACE = "paceline"
 """Of Ray's key-value store, which outlives the controller."""
+NUMBERS_A_CONTROLLER = 1 << 40
+"""More than one can give: incarnations and versions of memberships."""
 UNAVAILABLE_RETRY_S = 0.1
 LOG_LINES = 5
 Result = TypeVar("Result")
@@ -73,10 +76,11 @@ class RayProcess:
         await self._call(self._actor.stop.remote())
 
     async def kill(self) -> None:
-        ray.kill(self._actor, no_restart=True)
         if self._pid is not None:
             # Ray asks; a process that was stopped by a signal, or that hangs in C, does not hear.
             _kill_on_this_machine(self._pid)
+        # Ray waits for its GCS, which may be gone.
+        await asyncio.to_thread(ray.kill, self._actor, no_restart=True)
 
     def _note(self, report: ProcessReport) -> None:
         self._pid, self._log_path = report.pid, report.log_path
@@ -159,6 +163,13 @@ class RayLauncher:
     async def load_wanted(self) -> dict[Role, int] | None:
         value = _internal_kv_get(self._key("wanted"), namespace=KEY_SPACE.encode())
         return {Role(k): v for k, v in json.loads(value).items()} if value else None
+
+    async def first_number(self) -> int:
+        # Of the clock, so that deployments one after the other have unlike numbers.
+        key, space = self._key("numbers"), KEY_SPACE.encode()
+        first = max(time.time_ns(), int(_internal_kv_get(key, namespace=space) or 0))
+        _internal_kv_put(key, str(first + NUMBERS_A_CONTROLLER).encode(), namespace=space)
+        return first
 
     def save_port(self, port: int) -> None:
         """Remember the control API's port: clients know it, so a new controller takes it again."""

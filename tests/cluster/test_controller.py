@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from fake_launcher import FakeLauncher, FakeProcess
 
+from paceline.cluster import controller as controller_module
 from paceline.cluster import supervised
 from paceline.cluster.controller import Controller
 from paceline.cluster.process_state import ProcessState, Role
@@ -396,3 +397,79 @@ async def test_nothing_is_replaced_when_shutting_down_meets_a_membership_on_its_
         await until(lambda: not controller.processes)
     assert len(launcher.launched) == 4
     assert not any(p.lives for p in launcher.launched)
+
+
+async def test_a_worker_that_becomes_idle_while_a_membership_is_sent_is_stopped_once() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(
+        make_settings(decode={"replicas": 3}, controller={"poll_interval_s": 0.02}), launcher
+    )
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, details: failures.append(details))
+    async with running(controller):
+        await until(all_ready(controller, 5))
+        for number in (1, 2):
+            launcher.living(f"decode-{number}").is_busy = True
+        await controller.scale({"decode": 1})
+        await until(lambda: list(states(controller).values()).count(ProcessState.DRAINING) == 2)
+        router = launcher.living("router-0")
+        router.can_update.clear()
+        launcher.living("decode-2").is_busy = False
+        await until(lambda: "decode-2" not in launcher.living_ids())
+        launcher.living("decode-1").is_busy = False
+        await until(lambda: any(p.num_idle_reports > 1 for p in controller.processes))
+        router.can_update.set()
+        await until(lambda: len(controller.processes) == 3)
+    assert failures == []
+
+
+async def test_shutting_down_takes_a_worker_that_is_being_stopped_already() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(decode={"replicas": 2}), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 4))
+        stopping = launcher.living("decode-1")
+        stopping.can_be_stopped.clear()
+        await controller.scale({"decode": 1})
+        await until(lambda: states(controller)["decode-1"] is ProcessState.STOPPING)
+        ending = asyncio.create_task(controller.shut_down())
+        await until(lambda: not launcher.living_ids() - {"decode-1"})
+        stopping.can_be_stopped.set()
+        await ending
+    assert launcher.living_ids() == set()
+
+
+async def test_a_death_is_repaired_though_ray_does_not_take_the_order_to_kill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(controller_module, "KILL_TIMEOUT_S", 0.05)
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 3))
+        victim = launcher.living("decode-0")
+        victim.can_be_killed.clear()
+        victim.die("it crashed")
+        await until(lambda: len(launcher.launched) == 4)
+        await until(all_ready(controller, 3))
+    assert any("decode-0 may live still" in event.message for event in controller.events)
+
+
+async def test_numbers_grow_from_controller_to_controller_whatever_the_clock_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launcher = FakeLauncher()
+    first = Controller(make_settings(), launcher)
+    async with running(first):
+        await until(all_ready(first, 3))
+    router = launcher.living("router-0")
+    version = router.memberships[-1].version
+    newest = max(process.name.incarnation for process in launcher.launched)
+    monkeypatch.setattr(time, "time_ns", lambda: 0)
+    second = Controller(make_settings(), launcher)
+    async with running(second):
+        await until(all_ready(second, 3))
+        launcher.living("decode-0").die("it crashed")
+        await until(lambda: len(launcher.launched) == 4)
+        await until(lambda: router.memberships[-1].version > version)
+        assert launcher.launched[-1].name.incarnation > newest

@@ -28,6 +28,10 @@ class FakeProcess:
         self.seconds_since_progress = 0.0
         self.memberships: list[Membership] = []
         self.was_killed = False
+        self.can_be_stopped = asyncio.Event()
+        self.can_be_stopped.set()
+        self.can_be_killed = asyncio.Event()
+        self.can_be_killed.set()
         self.can_update = asyncio.Event()
         self.can_update.set()
         self._ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
@@ -81,11 +85,13 @@ class FakeProcess:
         self.is_draining = True
 
     async def stop(self) -> None:
+        await self.can_be_stopped.wait()
         self._check()
         self._ended.set_result(None)
 
     async def kill(self) -> None:
         self.was_killed = True
+        await self.can_be_killed.wait()
         self.die("it was killed")
 
 
@@ -99,6 +105,7 @@ class FakeLauncher:
         self.can_launch.set()
         self.capacity_now = Capacity({"CPU": 2.0}, 1, 16 << 30, 8 << 30)
         self.saved: dict[Role, int] | None = None
+        self.numbers = 0
 
     async def launch(self, name: ProcessName) -> FakeProcess:
         await self.can_launch.wait()
@@ -115,8 +122,15 @@ class FakeLauncher:
     async def save_wanted(self, wanted: Mapping[Role, int]) -> None:
         self.saved = dict(wanted)
 
+    async def first_number(self) -> int:
+        self.numbers += 1 << 40
+        return self.numbers
+
     async def load_wanted(self) -> dict[Role, int] | None:
         return self.saved
+
+    def living_ids(self) -> set[str]:
+        return {process.name.worker_id for process in self.launched if process.lives}
 
     def living(self, worker_id: str) -> FakeProcess:
         """Return the one living process of this id."""
