@@ -3,6 +3,7 @@ runner as in a worker, requests in at their times and tokens out.
 """
 
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -30,7 +31,7 @@ from paceline.worker.step_loop import StepLoop
 from paceline.worker.step_output import StepOutput
 
 SESSION = 1
-HEARTBEAT_S = 0.25
+IDLE_ROUND_S = 0.25
 STOP_TIMEOUT_S = 10.0
 
 
@@ -92,7 +93,8 @@ class OfflineEngine:
             self._mailbox,
             after_round=self._after_round,
             on_failure=self._fail,
-            heartbeat_s=HEARTBEAT_S,
+            idle_round_s=IDLE_ROUND_S,
+            most_stall_s=math.inf,
             overlap=engine.overlap,
         )
         self._steps.start()

@@ -41,6 +41,7 @@ PROMPT_TOKENS = 64
 NUM_BLOCKS = 1 << 20
 MAX_NUM_SEQS = 1 << 16
 MAX_MODEL_LEN = 1 << 16
+HEARTBEAT_S = 0.5
 
 
 class InstantWorker(worker_pb2_grpc.WorkerServiceServicer):
@@ -66,12 +67,16 @@ class InstantWorker(worker_pb2_grpc.WorkerServiceServicer):
             load=self._load(),
         )
         await self._write(context, worker_pb2.SessionResponse(welcome=welcome))
-        stepping = asyncio.create_task(self._step_for_ever(context))
+        tasks = [
+            asyncio.create_task(self._step_for_ever(context)),
+            asyncio.create_task(self._beat(context)),
+        ]
         try:
             while isinstance(request := await context.read(), worker_pb2.SessionRequest):
                 await self._take(request, context)
         finally:
-            stepping.cancel()
+            for task in tasks:
+                task.cancel()
 
     async def _take(self, request: worker_pb2.SessionRequest, context: Any) -> None:
         if request.WhichOneof("message") == "cancel":
@@ -96,6 +101,11 @@ class InstantWorker(worker_pb2_grpc.WorkerServiceServicer):
             await self._step(context)
             next_s = max(next_s + self._step_s, time.monotonic())
             await asyncio.sleep(next_s - time.monotonic())
+
+    async def _beat(self, context: Any) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            await self._write(context, worker_pb2.SessionResponse(step=worker_pb2.StepReport()))
 
     async def _step(self, context: Any) -> None:
         if not self._streams:

@@ -307,13 +307,8 @@ class Controller:
             await asyncio.sleep(interval_s if process.ready_s is not None else interval_s / 5)
 
     def _limit_s(self, role: Role) -> float:
-        match role:
-            case Role.PREFILL:
-                return self.settings.prefill.progress_timeout_s
-            case Role.DECODE:
-                return self.settings.decode.progress_timeout_s
-            case Role.ROUTER:
-                return self.settings.controller.router_silence_limit_s
+        limits = self.settings.controller
+        return limits.worker_silence_limit_s if role.is_worker else limits.router_silence_limit_s
 
     async def _drain(self, process: Supervised) -> None:
         if process.process is not None:

@@ -33,7 +33,7 @@ class HostedLoad(NamedTuple):
 
     draining: bool = False
     is_idle: bool = True
-    seconds_since_progress: float = 0.0
+    stalled_s: float = 0.0
     num_blocks: int = 0
     num_free_blocks: int = 0
     num_running: int = 0

@@ -36,7 +36,7 @@ class HostedWorker:
         return HostedLoad(
             draining=status.draining,
             is_idle=status.is_idle,
-            seconds_since_progress=status.seconds_since_progress,
+            stalled_s=status.stalled_s,
             num_blocks=status.num_blocks,
             num_free_blocks=status.num_free_blocks,
             num_running=status.num_running,

@@ -50,7 +50,7 @@ class ProcessReport:
     memory_bytes: int
     draining: bool = False
     is_idle: bool = True
-    seconds_since_progress: float = 0.0
+    stalled_s: float = 0.0
     """Since the last step ended, or since there was nothing to do."""
     num_blocks: int = 0
     num_free_blocks: int = 0

@@ -89,11 +89,18 @@ class ControllerSettings(BaseModel):
         description="Seconds that running requests get to finish before a drained worker is "
         "stopped; what still runs then goes on at another worker.",
     )
+    worker_silence_limit_s: float = Field(
+        default=15.0,
+        gt=0,
+        description="A worker that has not answered the controller for this many seconds, or has "
+        "stalled for as long (see progress_timeout_s of its pool), is killed and replaced. Its "
+        "work has gone elsewhere long before.",
+    )
     router_silence_limit_s: float = Field(
         default=60.0,
         gt=0,
-        description="A router that has not answered the controller for this many seconds counts as "
-        "dead. Workers have their pool's progress_timeout_s.",
+        description="A router that has not answered the controller for this many seconds is "
+        "killed and replaced, and its streams end.",
     )
     first_back_off_s: float = Field(
         default=1.0,

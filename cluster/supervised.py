@@ -82,11 +82,11 @@ class Supervised:
         if silent_s > limit_s:
             return f"it has not answered for {silent_s:.1f} s, and {limit_s:g} s is its limit"
         report = self.report
-        if report is None or report.is_idle or report.seconds_since_progress <= limit_s:
+        if report is None or report.is_idle or report.stalled_s <= limit_s:
             return None
         return (
             f"it has {report.num_running} requests running and finished no step for "
-            f"{report.seconds_since_progress:.1f} s, and {limit_s:g} s is its limit"
+            f"{report.stalled_s:.1f} s, and {limit_s:g} s is its limit"
         )
 
 

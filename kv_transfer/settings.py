@@ -43,6 +43,13 @@ class KvSettings(BaseModel):
         description="Seconds between two renewals of a reader's leases; several must fit into "
         "lease_ttl_s, so that one late message loses nothing.",
     )
+    silence_limit_s: float = Field(
+        default=2.5,
+        ge=1,
+        description="Seconds without a message from the owner of KV, which sends one every half "
+        "second, after which its reader gives up what it has not confirmed. The time in which the "
+        "reader itself stood still does not count.",
+    )
     read_timeout_s: float = Field(
         default=10.0,
         gt=0,

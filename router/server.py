@@ -23,6 +23,7 @@ from paceline.router.placement import WorkerMember
 from paceline.router.prompt_encoder import PromptEncoder
 from paceline.router.settings import RouterSettings
 from paceline.router.worker_link import WorkerLink
+from paceline.silence import Company
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 from paceline.wire import work_to_proto
 
@@ -102,6 +103,7 @@ class Router:
         self.incarnation = incarnation
         self._settings = settings
         self._links: dict[str, WorkerLink] = {}
+        self._company = Company()
         self._membership_version = 0
         self._membership_lock = asyncio.Lock()
         self._dispatcher = Dispatcher(settings, _LinkCommands(self._links))
@@ -228,6 +230,7 @@ class Router:
             router_incarnation=self.incarnation,
             settings=self._settings,
             dispatcher=self._dispatcher,
+            company=self._company,
             clock=_now,
             on_change=self._on_change,
         )

@@ -97,11 +97,12 @@ class RouterSettings(BaseModel):
         "within it. Without any other worker to try, no rest is kept.",
     )
     worker_silence_limit_s: float = Field(
-        default=15.0,
-        gt=0,
+        default=2.5,
+        ge=1,
         description="A worker whose stream carries no message for this many seconds counts as "
-        "lost, without the time in which the router itself stood still; several times the workers' "
-        "heartbeat, because a loaded machine delays them.",
+        "lost, and its work goes elsewhere. Workers send one every half second. The time in which "
+        "the router itself stood still does not count; while all workers are silent, and after "
+        "silences that ended by themselves, the limit is up to four times as long.",
     )
     connect_timeout_s: float = Field(
         default=5.0, gt=0, description="Seconds for a worker to answer a new stream's Hello."

@@ -22,7 +22,7 @@ from paceline.router.dispatch import Dispatcher, TokenColumns
 from paceline.router.journal import Logprobs
 from paceline.router.placement import WorkerLoad, WorkerMember, WorkerView
 from paceline.router.settings import RouterSettings
-from paceline.router.silence import Silence
+from paceline.silence import Company, Patience, Silence, wait_for_silence
 from paceline.wire import (
     failure_reason_from_proto,
     span_from_proto,
@@ -50,6 +50,7 @@ class WorkerLink:
         router_incarnation: int,
         settings: RouterSettings,
         dispatcher: Dispatcher,
+        company: Company,
         clock: Callable[[], float],
         on_change: Callable[[], None],
     ) -> None:
@@ -65,6 +66,8 @@ class WorkerLink:
         )
         self._settings = settings
         self._dispatcher = dispatcher
+        self._company = company
+        self._patience = Patience(settings.worker_silence_limit_s)
         self._clock = clock
         self._on_change = on_change
         self._outgoing: deque[worker_pb2.SessionRequest] = deque()
@@ -162,6 +165,8 @@ class WorkerLink:
         )
         self._outgoing.clear()
         self.last_error = None
+        self._patience.answered(self._clock())
+        self._company.num_peers += 1
         writer = asyncio.create_task(self._write(session), name=f"writer to {worker_id}")
         try:
             logger.info(
@@ -176,6 +181,7 @@ class WorkerLink:
             self._on_change()
             await self._read(session)
         finally:
+            self._company.num_peers -= 1
             writer.cancel()
             self._dispatcher.worker_lost(worker_id, self._clock(), is_planned=self._is_stopping)
             self._on_change()
@@ -190,8 +196,8 @@ class WorkerLink:
                 await session.write(self._outgoing.popleft())
 
     async def _read(self, session: Session) -> None:
-        limit_s = self._settings.worker_silence_limit_s
-        silence = Silence(limit_s, asyncio.get_running_loop().time())
+        limit_s = self._patience.limit_s(self._clock())
+        silence = Silence(limit_s, asyncio.get_running_loop().time(), self._company)
         watching: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(None) as deadline:
@@ -200,8 +206,10 @@ class WorkerLink:
                     silence.heard()
                     self._take(answer)
         except TimeoutError as error:
+            self._patience.alarm(self._clock())
             raise UnavailableError(
-                f"no message for router.worker_silence_limit_s, {limit_s} s"
+                f"no message for {limit_s:g} s (router.worker_silence_limit_s is "
+                f"{self._settings.worker_silence_limit_s:g})"
             ) from error
         finally:
             if watching is not None:
@@ -251,12 +259,8 @@ class WorkerLink:
 
 
 async def _end_when_silent(silence: Silence, deadline: asyncio.Timeout) -> None:
-    loop = asyncio.get_running_loop()
-    while True:
-        if silence.is_too_long(loop.time()):
-            deadline.reschedule(loop.time())
-            return
-        await asyncio.sleep(silence.interval_s)
+    await wait_for_silence(silence)
+    deadline.reschedule(asyncio.get_running_loop().time())
 
 
 def _columns(step: worker_pb2.StepReport) -> TokenColumns:

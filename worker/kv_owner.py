@@ -25,6 +25,8 @@ from paceline.worker.outgoing import Outgoing
 
 logger = logging.getLogger(__name__)
 
+HEARTBEAT_S = 0.5
+"""Of a message that says nothing; several must fit into kv.silence_limit_s."""
 OwnerStream = Outgoing[kv_pb2.ReadLeasesResponse]
 
 
@@ -88,7 +90,7 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
             return
         reader = f"{hello.hello.worker_id}.{hello.hello.incarnation}"
-        stream: OwnerStream = Outgoing()
+        stream: OwnerStream = Outgoing(kv_pb2.ReadLeasesResponse(), HEARTBEAT_S)
         session = _ReaderSession(reader, stream)
         if reader in self._sessions:
             # The reader opened a new stream before we saw the old one end.

@@ -15,6 +15,7 @@ from paceline.internal.v1 import kv_pb2, kv_pb2_grpc
 from paceline.kv_transfer.read_plan import ReadPlan
 from paceline.kv_transfer.transport import Connection, ReadOutcome, Transport
 from paceline.request import AttemptKey
+from paceline.silence import Silence, wait_for_silence
 from paceline.wire import unpack_uint32
 from paceline.worker.core import Peer
 from paceline.worker.first_token import first_token_from_proto
@@ -39,6 +40,7 @@ class KvReader:
         failpoints: Failpoints,
         *,
         heartbeat_s: float,
+        silence_limit_s: float,
         verdict_timeout_s: float,
         vocab_size: int,
     ) -> None:
@@ -47,6 +49,7 @@ class KvReader:
         self._listener = listener
         self._failpoints = failpoints
         self._heartbeat_s = heartbeat_s
+        self._silence_limit_s = silence_limit_s
         self._verdict_timeout_s = verdict_timeout_s
         self._vocab_size = vocab_size
         self._loop = asyncio.get_running_loop()
@@ -99,6 +102,7 @@ class KvReader:
                 self._transport,
                 self._failpoints,
                 heartbeat_s=self._heartbeat_s,
+                silence_limit_s=self._silence_limit_s,
                 verdict_timeout_s=self._verdict_timeout_s,
                 vocab_size=self._vocab_size,
                 on_closed=self._forget_link,
@@ -136,6 +140,7 @@ class OwnerLink:
         failpoints: Failpoints,
         *,
         heartbeat_s: float,
+        silence_limit_s: float,
         verdict_timeout_s: float,
         vocab_size: int,
         on_closed: Callable[["OwnerLink"], None],
@@ -146,6 +151,7 @@ class OwnerLink:
         self._transport = transport
         self._failpoints = failpoints
         self._heartbeat_s = heartbeat_s
+        self._silence_limit_s = silence_limit_s
         self._verdict_timeout_s = verdict_timeout_s
         self._vocab_size = vocab_size
         self._on_closed = on_closed
@@ -221,13 +227,18 @@ class OwnerLink:
     async def _converse(
         self, stub: "kv_pb2_grpc.KvServiceAsyncStub", until_welcome: asyncio.Timeout
     ) -> None:
-        heartbeats = asyncio.create_task(self._send_heartbeats())
+        silence = Silence(self._silence_limit_s, self._loop.time())
+        tasks: list[asyncio.Task[None]] = [asyncio.create_task(self._send_heartbeats())]
         try:
             async for response in stub.ReadLeases(self._requests()):
-                until_welcome.reschedule(None)
+                if not self._is_welcome.is_set():
+                    until_welcome.reschedule(None)
+                    tasks.append(asyncio.create_task(self._end_when_silent(silence)))
+                silence.heard()
                 self._take(response)
         finally:
-            heartbeats.cancel()
+            for task in tasks:
+                task.cancel()
 
     async def _requests(self) -> AsyncIterator[kv_pb2.ReadLeasesRequest]:
         hello = kv_pb2.ReaderHello(
@@ -243,6 +254,10 @@ class OwnerLink:
         await self._is_welcome.wait()
         async for request in self._outgoing:
             yield request
+
+    async def _end_when_silent(self, silence: Silence) -> None:
+        await wait_for_silence(silence)
+        self.fail(f"no message for kv.silence_limit_s, {self._silence_limit_s:g} s")
 
     async def _send_heartbeats(self) -> None:
         while True:

@@ -15,7 +15,12 @@ class Outgoing(Generic[Message]):
     is woken once for any number of messages that wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heartbeat: Message | None = None, heartbeat_s: float | None = None) -> None:
+        """heartbeat: what is sent when nothing else was for `heartbeat_s`, so that the peer can
+        tell a break from silence. Not before the first message, for which the peer waits.
+        """
+        self._heartbeat = heartbeat
+        self._heartbeat_s = heartbeat_s
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[Message] = deque()
         self._wake = asyncio.Event()
@@ -49,12 +54,19 @@ class Outgoing(Generic[Message]):
             self._waiting.clear()
 
     async def __aiter__(self) -> AsyncIterator[Message]:
+        interval_s: float | None = None
         while True:
             # Before looking at the queue, so that a `send` from now on asks for another wake-up.
             self._wake_requested = False
             self._wake.clear()
             while self._waiting:
                 yield self._waiting.popleft()
+                interval_s = self._heartbeat_s
             if self._closed:
                 return
-            await self._wake.wait()
+            try:
+                async with asyncio.timeout(interval_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                if self._heartbeat is not None:
+                    yield self._heartbeat

@@ -46,8 +46,8 @@ from paceline.worker.step_loop import StepLoop
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_S = 0.25
-"""How often an idle worker tells its load."""
+IDLE_ROUND_S = 0.25
+"""How often an idle engine looks at deadlines, such as those of leases."""
 STOP_TIMEOUT_S = 10.0
 Result = TypeVar("Result")
 
@@ -75,8 +75,8 @@ class WorkerStatus(NamedTuple):
     num_pending_tokens: int
     draining: bool
     is_idle: bool
-    seconds_since_progress: float
-    """Since the last step ended, or since the worker had nothing to do."""
+    stalled_s: float
+    """Since the last progress, once that is longer than its steps explain; else 0."""
     num_steps: int
 
 
@@ -138,6 +138,7 @@ class WorkerProcess:
         self._transport: Transport | None = None
         self._reader: KvReader | None = None
         self._server: grpc.aio.Server | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._steps: StepLoop | None = None
         self._parts: WorkerParts | None = None
         self._core: Core | None = None
@@ -161,18 +162,19 @@ class WorkerProcess:
         self._timed(on_step, "warm up", lambda: warm_up(engine.runner, parts.identity.block_tokens))
         wired = self._kind.build(parts)
         self._core = wired.core
-        self._steps = StepLoop(
+        steps = self._steps = StepLoop(
             wired.core,
             engine.runner,
             parts.mailbox,
             after_round=lambda: self._after_round(parts, wired.core),
             on_failure=self._on_failure,
-            heartbeat_s=HEARTBEAT_S,
+            idle_round_s=IDLE_ROUND_S,
+            most_stall_s=self._settings.progress_timeout_s,
             overlap=engine.overlap,
         )
         self._io_thread.start()
-        self._timed(on_step, "listen", lambda: self._run_on_io(self._listen(parts, wired)))
-        self._steps.start()
+        self._timed(on_step, "listen", lambda: self._run_on_io(self._listen(parts, wired, steps)))
+        steps.start()
 
     def status(self) -> WorkerStatus:
         """Describe the worker; waits for nothing."""
@@ -185,7 +187,7 @@ class WorkerProcess:
             num_pending_tokens=load.num_pending_tokens,
             draining=self._draining,
             is_idle=is_idle,
-            seconds_since_progress=time.monotonic() - steps.last_progress_s,
+            stalled_s=steps.stalled_s(),
             num_steps=steps.num_steps,
         )
 
@@ -235,7 +237,7 @@ class WorkerProcess:
 
     def _after_round(self, parts: WorkerParts, core: Core) -> None:
         """On the engine thread, so that nobody else has to look into the core."""
-        parts.sessions.report(core, time.monotonic())
+        parts.sessions.report(core)
         self._snapshot = (core.load(-1, 1), core.is_idle)
 
     def _load(
@@ -288,13 +290,13 @@ class WorkerProcess:
                 make_root_key(fingerprint, secrets.token_bytes(32)),
             ),
             leases=LeaseTable(allocator, spec.kv.lease_ttl_s),
-            sessions=RouterSessions(HEARTBEAT_S),
+            sessions=RouterSessions(),
             mailbox=Mailbox(),
             transport=self._transport,
             failpoints=self.failpoints,
         )
 
-    async def _listen(self, parts: WorkerParts, wired: WiredCore) -> None:
+    async def _listen(self, parts: WorkerParts, wired: WiredCore, steps: StepLoop) -> None:
         owner = KvOwner(
             parts.identity,
             parts.leases,
@@ -310,6 +312,7 @@ class WorkerProcess:
             wired.import_listener,
             parts.failpoints,
             heartbeat_s=self.spec.kv.heartbeat_s,
+            silence_limit_s=self.spec.kv.silence_limit_s,
             verdict_timeout_s=self.spec.kv.read_timeout_s,
             vocab_size=parts.engine.config.vocab_size,
         )
@@ -321,7 +324,9 @@ class WorkerProcess:
             parts.mailbox,
             parts.failpoints,
             WorkLimits(parts.engine.config.vocab_size, parts.engine.max_model_len),
+            steps.stalled_s,
         )
+        self._watching = asyncio.create_task(servicer.watch_engine(), name="watch the engine")
         self._server = make_server(MAX_MESSAGE_BYTES)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, self._server)
         kv_pb2_grpc.add_KvServiceServicer_to_server(owner, self._server)
@@ -330,6 +335,9 @@ class WorkerProcess:
         self.address = f"{self.spec.host}:{port}"
 
     async def _close_io(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         if self._reader is not None:
             await self._reader.close()
         if self._server is not None:

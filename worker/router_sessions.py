@@ -21,15 +21,13 @@ class _Session:
         self.output: StepOutput | None = None
         self.reported: tuple[LoadReport, int] | None = None
         """The load that the router was told last, and the dispatches counted in it."""
-        self.last_sent_s = 0.0
 
 
 class RouterSessions:
     """All sessions with routers; implements `RouterPort`. Engine thread only."""
 
-    def __init__(self, heartbeat_s: float) -> None:
+    def __init__(self) -> None:
         self._sessions: dict[int, _Session] = {}
-        self._heartbeat_s = heartbeat_s
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -86,15 +84,13 @@ class RouterSessions:
         )
         self._send(session, wire_messages.SessionResponse(phase=phase))
 
-    def report(self, core: Core, now: float) -> None:
-        """Send every router its new tokens and, when it changed or a heartbeat is due, the load."""
+    def report(self, core: Core) -> None:
+        """Send every router its new tokens and, when it changed, the load."""
         for number, session in self._sessions.items():
             load = core.load(number, len(self._sessions))
-            due = now - session.last_sent_s >= self._heartbeat_s
             news = (load, session.num_dispatches_seen) != session.reported
-            if session.output is not None or news or due:
+            if session.output is not None or news:
                 self._report(session, load)
-                session.last_sent_s = now
 
     def _report(self, session: _Session, load: LoadReport | None) -> None:
         step = step_report(session.output or StepOutput())

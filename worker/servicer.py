@@ -2,7 +2,8 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 
@@ -20,6 +21,12 @@ from paceline.worker.mailbox import Mailbox
 from paceline.worker.outgoing import Outgoing
 from paceline.worker.router_sessions import RouterSessions, SessionStream, load_message
 
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.5
+"""Several must fit into router.worker_silence_limit_s."""
+_HEARTBEAT = wire_messages.SessionResponse(step=wire_messages.StepReport())
+
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     """Implements `WorkerService`. Lives on the io loop; the core is only touched through the
@@ -34,14 +41,20 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         mailbox: Mailbox,
         failpoints: Failpoints,
         limits: WorkLimits,
+        stalled_s: Callable[[], float],
     ) -> None:
+        """stalled_s: since when the engine has done nothing though it should have; 0: all is well.
+        Sessions end then, so that routers take the work elsewhere.
+        """
         self._identity = identity
         self._core = core
         self._sessions = sessions
         self._mailbox = mailbox
         self._failpoints = failpoints
         self._limits = limits
+        self._stalled_s = stalled_s
         self._numbers = itertools.count()
+        self._streams: set[SessionStream] = set()
 
     async def Session(
         self,
@@ -63,17 +76,51 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 f"this is {self._identity.name}, not incarnation {hello.hello.worker_incarnation}",
             )
             return
+        if (seconds := self._stalled_s()) > 0:
+            await self._refuse_stalled(context, seconds)
+            return
         number = next(self._numbers)
-        stream: SessionStream = Outgoing()
+        stream: SessionStream = Outgoing(_HEARTBEAT, HEARTBEAT_S)
+        self._streams.add(stream)
         self._mailbox.post(lambda now: self._open(number, stream))
         receiving = asyncio.create_task(self._receive(number, request_iterator, stream))
         try:
             async for response in stream:
                 yield response
+            if (seconds := self._stalled_s()) > 0:
+                await self._refuse_stalled(context, seconds)
         finally:
             receiving.cancel()
             stream.close()
+            self._streams.discard(stream)
             self._mailbox.post(lambda now: self._end(number, now))
+
+    async def watch_engine(self) -> None:
+        """End all sessions when the engine stalls; runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            if self._streams and (seconds := self._stalled_s()) > 0:
+                logger.warning(
+                    "event=engine_stalled worker_id=%s seconds=%.1f num_sessions=%d",
+                    self._identity.name,
+                    seconds,
+                    len(self._streams),
+                )
+                for stream in self._streams:
+                    stream.close()
+
+    async def _refuse_stalled(
+        self,
+        context: grpc.aio.ServicerContext[
+            wire_messages.SessionRequest, wire_messages.SessionResponse
+        ],
+        seconds: float,
+    ) -> None:
+        await context.abort(
+            grpc.StatusCode.UNAVAILABLE,
+            f"the engine of {self._identity.name} has finished no step for {seconds:.1f} s, far "
+            "longer than its steps take",
+        )
 
     def _open(self, number: int, stream: SessionStream) -> None:
         self._sessions.open(number, stream)

@@ -18,5 +18,7 @@ class WorkerSettings(EngineSettings):
     progress_timeout_s: float = Field(
         default=60.0,
         gt=0,
-        description="A worker with work and no finished step for this long counts as dead.",
+        description="A worker with work that has finished no step for ten times as long as its "
+        "longest step, and for 2.5 s, has stalled: its work goes elsewhere. This many seconds "
+        "count for steps larger than any before, and bound that limit.",
     )

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from paceline.engine.step_plan import ModelRunner, StepHandle
 from paceline.worker.core import Core
 from paceline.worker.mailbox import Mailbox
+from paceline.worker.stall import Stall
 from paceline.worker.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
@@ -48,18 +49,25 @@ class StepLoop:
         *,
         after_round: Callable[[], None],
         on_failure: Callable[[BaseException], None],
-        heartbeat_s: float,
+        idle_round_s: float,
+        most_stall_s: float,
         overlap: bool = False,
     ) -> None:
+        """idle_round_s: how often deadlines are looked at without work. most_stall_s: how long a
+        step may take of whose size nothing is known.
+        """
         self._core = core
         self._runner = runner
         self._mailbox = mailbox
         self._after_round = after_round
         self._on_failure = on_failure
-        self._heartbeat_s = heartbeat_s
+        self._idle_round_s = idle_round_s
         self._overlap = overlap
         self._stopping = False
         self._times = StepTimes()
+        self._stall = Stall(most_stall_s)
+        self._awaited_tokens = 0
+        """Of the largest step that has been launched, or is being launched."""
         self._free_s = 0.0
         """When the device ended the last step whose result was taken."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -80,6 +88,12 @@ class StepLoop:
                 f"the engine thread still runs {timeout_s} s after it was told to stop"
             )
 
+    def stalled_s(self) -> float:
+        """Return the seconds since the last progress, once that is more than the engine's steps
+        explain; else 0. Any thread."""
+        silent_s = time.monotonic() - self.last_progress_s
+        return silent_s if silent_s > self._stall.limit_s(self._awaited_tokens) else 0.0
+
     def _run(self) -> None:
         gc.freeze()
         try:
@@ -98,6 +112,10 @@ class StepLoop:
             self._core.tick(now)
             plan = self._core.plan(now)
             launched = None
+            self._awaited_tokens = max(
+                plan.num_tokens if plan is not None else 0,
+                running.num_tokens if running is not None else 0,
+            )
             if plan is not None:
                 begun_s = time.monotonic()
                 launched = _Launched(self._runner.launch(plan), plan.num_tokens, begun_s)
@@ -107,7 +125,7 @@ class StepLoop:
             self._after_round()
             if launched is None and ready is None:
                 self.last_progress_s = time.monotonic()
-                self._mailbox.wait(self._heartbeat_s)
+                self._mailbox.wait(self._idle_round_s)
             elif ready is not None:
                 self.last_progress_s = time.monotonic()
 
@@ -126,5 +144,7 @@ class StepLoop:
         started_s = max(self._free_s, step.time_s)
         self._free_s = result.ended_s
         self._times.note(step.num_tokens, result.ended_s - started_s)
-        self._core.apply(result, time.monotonic())
+        now = time.monotonic()
+        self._stall.note(step.num_tokens, now - max(self.last_progress_s, step.time_s))
+        self._core.apply(result, now)
         self.num_steps += 1

@@ -40,6 +40,7 @@ from paceline.router.dispatch import Dispatcher
 from paceline.router.placement import Role, WorkerMember, WorkerPool, WorkerView
 from paceline.router.settings import RouterSettings
 from paceline.router.worker_link import WorkerLink, _load
+from paceline.silence import Company
 from paceline.worker import kv_owner, kv_reader
 from paceline.worker.core import Core, Peer
 from paceline.worker.identity import WorkerIdentity
@@ -116,7 +117,7 @@ class SimWorker:
         self.pool = WorkerPool(num_blocks, BLOCK_TOKENS, max_num_seqs, local_prefill_tokens)
         self.loop = SimLoop(world)
         self.mailbox = Mailbox()
-        self.sessions = RouterSessions(0.25)
+        self.sessions = RouterSessions()
         self.allocator = BlockAllocator(num_blocks)
         self.prefix_cache = PrefixCache(self.allocator, BLOCK_TOKENS, b"root key of tests")
         kind = HonestRunner if role is Role.DECODE else SimulatedRunner
@@ -146,7 +147,7 @@ class SimWorker:
         ready, self.in_flight = (self.in_flight, launched) if self.overlap else (launched, None)
         if ready is not None:
             self.core.apply(ready.result(), now)
-        self.sessions.report(self.core, now)
+        self.sessions.report(self.core)
         self.core.check_integrity()
         # Whoever still reads a block that has been freed shall notice.
         self.runner.pool[self.allocator._free] = GARBAGE
@@ -235,6 +236,7 @@ class SimDecode(SimWorker):
             Intake(core, self.mailbox),
             Failpoints(),
             heartbeat_s=1.0,
+            silence_limit_s=2.5,
             verdict_timeout_s=10.0,
             vocab_size=2**31,
         )
@@ -495,6 +497,7 @@ class World:
             router_incarnation=1,
             settings=RouterSettings(),
             dispatcher=self.dispatcher,
+            company=Company(),
             clock=lambda: self.now,
             on_change=lambda: None,
         )

@@ -125,24 +125,24 @@ async def test_a_membership_that_a_burial_and_the_main_loop_have_is_sent_once() 
 
 async def test_a_worker_with_work_and_no_step_is_killed_and_replaced() -> None:
     launcher = FakeLauncher()
-    controller = Controller(make_settings(decode={"progress_timeout_s": 60.0}), launcher)
+    controller = Controller(make_settings(), launcher)
     async with running(controller):
         await until(all_ready(controller, 3))
         old = launcher.living("decode-0")
-        old.is_busy, old.seconds_since_progress = True, 61.5
+        old.is_busy, old.stalled_s = True, 16.5
         await until(lambda: len(launcher.launched) == 4)
         assert old.was_killed
         await until(all_ready(controller, 3))
-        assert any("finished no step for 61.5 s" in event.message for event in controller.events)
+        assert any("finished no step for 16.5 s" in event.message for event in controller.events)
 
 
 async def test_a_worker_without_work_may_be_without_progress() -> None:
     launcher = FakeLauncher()
-    controller = Controller(make_settings(decode={"progress_timeout_s": 0.05}), launcher)
+    controller = Controller(make_settings(controller={"worker_silence_limit_s": 0.05}), launcher)
     async with running(controller):
         await until(all_ready(controller, 3))
         decode = launcher.living("decode-0")
-        decode.seconds_since_progress = 100.0
+        decode.stalled_s = 100.0
         heard = controller.processes[2].last_heard_s
         await until(lambda: controller.processes[2].last_heard_s > heard + 0.1)
         assert decode.lives
@@ -150,7 +150,7 @@ async def test_a_worker_without_work_may_be_without_progress() -> None:
 
 async def test_a_worker_that_does_not_answer_is_killed_and_replaced() -> None:
     launcher = FakeLauncher()
-    controller = Controller(make_settings(decode={"progress_timeout_s": 0.2}), launcher)
+    controller = Controller(make_settings(controller={"worker_silence_limit_s": 0.2}), launcher)
     async with running(controller):
         await until(all_ready(controller, 3))
         old = launcher.living("decode-0")

@@ -425,8 +425,9 @@ async def test_stale_incarnation_gets_no_work_and_is_named_in_the_status(tmp_pat
 
 
 async def test_silent_worker_counts_as_lost(tmp_path: Path) -> None:
-    settings = RouterSettings(grpc_port=0, drain_timeout_s=0.0, worker_silence_limit_s=0.2)
+    settings = RouterSettings(grpc_port=0, drain_timeout_s=0.0, worker_silence_limit_s=1.0)
     async with router_deployment(tmp_path, settings=settings) as deployment:
+        deployment.decode.is_silent = True
         await until(
             lambda: any(
                 "router.worker_silence_limit_s" in link.message
@@ -437,7 +438,7 @@ async def test_silent_worker_counts_as_lost(tmp_path: Path) -> None:
 
 
 async def test_worker_that_a_frozen_router_did_not_hear_is_not_lost(tmp_path: Path) -> None:
-    settings = RouterSettings(grpc_port=0, drain_timeout_s=0.0, worker_silence_limit_s=0.3)
+    settings = RouterSettings(grpc_port=0, drain_timeout_s=0.0, worker_silence_limit_s=1.0)
     async with router_deployment(tmp_path, settings=settings, workers=False) as deployment:
         oracle, fabric = deployment.oracle, deployment.fabric
         await deployment.add(
@@ -447,7 +448,7 @@ async def test_worker_that_a_frozen_router_did_not_hear_is_not_lost(tmp_path: Pa
         call = asyncio.create_task(deployment.generate(make_request(max_tokens=200)))
         await until(lambda: bool(deployment.decode.running), "the request runs")
         for _ in range(2):
-            asyncio.get_running_loop().call_soon(time.sleep, 0.5)
+            asyncio.get_running_loop().call_soon(time.sleep, 1.5)
             await asyncio.sleep(0)
         answer = await call
         assert len(answer.tokens[0]) == 200

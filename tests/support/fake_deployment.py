@@ -29,8 +29,8 @@ def make_settings(orders: Path, **parts: object) -> DeploymentSettings:
         "deployment": "test",
         "model": {"path": str(orders)},
         "router": {"grpc_port": 0},
-        "prefill": {"kv_cache_bytes": 1 << 20, "progress_timeout_s": 2.0},
-        "decode": {"kv_cache_bytes": 1 << 20, "progress_timeout_s": 2.0},
+        "prefill": {"kv_cache_bytes": 1 << 20},
+        "decode": {"kv_cache_bytes": 1 << 20},
         "controller": {"poll_interval_s": 0.1, "drain_timeout_s": 5.0},
     }
     return DeploymentSettings.model_validate(tree | parts)

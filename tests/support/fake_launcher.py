@@ -25,7 +25,7 @@ class FakeProcess:
         self.is_busy = False
         self.is_silent = False
         self.is_draining = False
-        self.seconds_since_progress = 0.0
+        self.stalled_s = 0.0
         self.memberships: list[Membership] = []
         self.was_killed = False
         self.can_be_stopped = asyncio.Event()
@@ -71,7 +71,7 @@ class FakeProcess:
             memory_bytes=1,
             draining=self.is_draining,
             is_idle=not self.is_busy,
-            seconds_since_progress=self.seconds_since_progress,
+            stalled_s=self.stalled_s,
             num_running=int(self.is_busy),
         )
 

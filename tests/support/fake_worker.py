@@ -96,6 +96,9 @@ class _Running:
     num_blocks: int
 
 
+HEARTBEAT_S = 0.25
+
+
 class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     """One scripted worker. `hold_at` stops every sequence at that output length until it is
     None."""
@@ -127,6 +130,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.prefill_s: float | None = None
         """Report that a prompt took that long, by a clock that is an hour behind."""
         self.draining = False
+        self.is_silent = False
+        """Whether it sends no heartbeats, like a process that was stopped."""
         self.received: list[Work] = []
         self.cancelled: list[tuple[AttemptKey, tuple[int, ...]]] = []
         self.running: dict[AttemptKey, _Running] = {}
@@ -183,8 +188,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         await stream.write(worker_pb2.SessionResponse(welcome=welcome))
         reader = asyncio.create_task(self._read(stream))
         try:
+            beat_s = time.monotonic()
             while not reader.done():
                 await self._step(stream)
+                if not self.is_silent and time.monotonic() > beat_s:
+                    beat_s = time.monotonic() + HEARTBEAT_S
+                    await stream.write(worker_pb2.SessionResponse(step=worker_pb2.StepReport()))
                 await asyncio.sleep(0.001)
         finally:
             reader.cancel()

@@ -63,6 +63,7 @@ class Pair:
         self.allocator = BlockAllocator(64)
         self.leases = LeaseTable(self.allocator, ttl_s=5.0)
         self.heard = Heard()
+        self.silence_limit_s = TIMEOUT_S
         self.lost_readers: list[str] = []
         self.released: list[AttemptKey] = []
         self.mailbox = Mailbox()
@@ -103,6 +104,7 @@ class Pair:
             self.heard,
             Failpoints(),
             heartbeat_s=0.05,
+            silence_limit_s=self.silence_limit_s,
             verdict_timeout_s=TIMEOUT_S,
             vocab_size=100,
         )
@@ -295,6 +297,33 @@ async def test_the_deadline_of_an_answer_does_not_end_a_session_that_has_one(
     async with pair.run() as reader:
         lease = await pair.import_half(reader)
         await asyncio.sleep(1.2)
+        pair.publish(lease, Progress(32, FIRST))
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert "imported" in pair.heard.calls
+
+
+async def test_an_owner_that_falls_silent_loses_its_imports(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("paceline.worker.kv_owner.HEARTBEAT_S", 1000.0)
+    pair = Pair()
+    pair.silence_limit_s = 0.2
+    async with pair.run() as reader:
+        await pair.import_half(reader)
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert pair.heard.calls[-2:] == ["lost", "ended"]
+        assert "no message for kv.silence_limit_s, 0.2 s" in pair.heard.reason
+
+
+async def test_an_owner_whose_engine_takes_its_time_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("paceline.worker.kv_owner.HEARTBEAT_S", 0.05)
+    pair = Pair()
+    pair.silence_limit_s = 0.5
+    async with pair.run() as reader:
+        lease = await pair.import_half(reader)
+        await asyncio.sleep(1.0)
         pair.publish(lease, Progress(32, FIRST))
         await pair.until(lambda: "ended" in pair.heard.calls)
         assert "imported" in pair.heard.calls

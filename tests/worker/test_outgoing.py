@@ -51,3 +51,25 @@ async def test_a_waiting_reader_is_woken_by_a_message_from_another_thread() -> N
     stream.close()
     async with asyncio.timeout(TIMEOUT_S):
         assert await received == list(range(200))
+
+
+async def test_a_heartbeat_is_sent_when_nothing_else_is_but_not_before_the_first_message() -> None:
+    stream: Outgoing[int] = Outgoing(heartbeat=-1, heartbeat_s=0.02)
+    received: list[int] = []
+
+    async def receive() -> None:
+        async for message in stream:
+            received.append(message)
+
+            if received[:3] == [1, -1, -1] and 2 not in received:
+                stream.send(2)
+            elif 2 in received:
+                stream.close()
+
+    receiving = asyncio.create_task(receive())
+    await asyncio.sleep(0.1)
+    assert received == []
+    stream.send(1)
+    async with asyncio.timeout(TIMEOUT_S):
+        await receiving
+    assert received[:4] == [1, -1, -1, 2]

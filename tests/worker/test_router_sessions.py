@@ -32,12 +32,12 @@ def make_output(stream_id: int) -> StepOutput:
 
 
 async def open_sessions(core: Any) -> tuple[RouterSessions, list[worker_pb2.SessionResponse]]:
-    sessions = RouterSessions(heartbeat_s=1.0)
+    sessions = RouterSessions()
     stream: Outgoing[worker_pb2.SessionResponse] = Outgoing()
     sent: list[worker_pb2.SessionResponse] = []
     stream.send = sent.append  # type: ignore[method-assign]
     sessions.open(7, stream)
-    sessions.report(core, 0.0)
+    sessions.report(core)
     return sessions, sent
 
 
@@ -46,7 +46,7 @@ async def test_tokens_of_a_round_travel_with_the_load_after_it() -> None:
     sessions, sent = await open_sessions(core)
     sessions.send_output(7, make_output(3))
     core.value = LOAD._replace(credit_blocks=9)
-    sessions.report(core, 0.1)
+    sessions.report(core)
     step = sent[-1].step
     assert list(unpack_uint32(step.stream_ids)) == [3]
     assert list(unpack_uint32(step.token_ids)) == [103]
@@ -68,20 +68,18 @@ async def test_an_early_message_claims_no_load_that_is_not_known_yet() -> None:
     assert not sent[-2].step.HasField("load")
 
 
-async def test_nothing_is_sent_while_nothing_changes_until_the_heartbeat() -> None:
+async def test_nothing_is_sent_while_nothing_changes() -> None:
     core = LoadedCore()
     sessions, sent = await open_sessions(core)
-    sessions.report(core, 0.5)
+    sessions.report(core)
     assert len(sent) == 1
-    sessions.report(core, 1.0)
-    assert len(sent) == 2
 
 
 async def test_a_counted_dispatch_is_told_even_if_the_load_is_the_same() -> None:
     core = LoadedCore()
     sessions, sent = await open_sessions(core)
     sessions.count_dispatch(7)
-    sessions.report(core, 0.1)
+    sessions.report(core)
     assert sent[-1].step.load.num_dispatches_seen == 1
 
 
@@ -91,5 +89,5 @@ async def test_a_session_that_has_ended_is_told_nothing() -> None:
     sessions.close(7)
     sessions.send_output(7, make_output(3))
     sessions.send_failure(7, (3,), FailureReason.INTERNAL, "x")
-    sessions.report(core, 5.0)
+    sessions.report(core)
     assert len(sent) == 1

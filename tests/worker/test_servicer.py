@@ -4,7 +4,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from paceline.grpc_server import make_server
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
 from paceline.v1 import inference_pb2
 from paceline.wire import MAX_MESSAGE_BYTES, WorkLimits
+from paceline.worker import servicer as servicer_module
 from paceline.worker.core import LoadReport
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.mailbox import Mailbox
@@ -48,7 +49,7 @@ class Engine:
     """Runs the mailbox on a thread, like a step loop that has no steps."""
 
     def __init__(self, core: RecordingCore) -> None:
-        self.core, self.mailbox, self.sessions = core, Mailbox(), RouterSessions(1000.0)
+        self.core, self.mailbox, self.sessions = core, Mailbox(), RouterSessions()
         self._stop = False
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -56,7 +57,7 @@ class Engine:
     def _run(self) -> None:
         while not self._stop:
             self.mailbox.run_calls(0.0)
-            self.sessions.report(self.core, 0.0)  # type: ignore[arg-type]
+            self.sessions.report(self.core)  # type: ignore[arg-type]
             self.mailbox.wait(0.01)
 
     def stop(self) -> None:
@@ -65,11 +66,22 @@ class Engine:
 
 
 @asynccontextmanager
-async def run_worker() -> AsyncIterator[tuple[RecordingCore, Any]]:
+async def run_worker(
+    stalled_s: Callable[[], float] = lambda: 0.0,
+) -> AsyncIterator[tuple[RecordingCore, Any]]:
     core = RecordingCore()
     engine = Engine(core)
     server = make_server(MAX_MESSAGE_BYTES)
-    servicer = WorkerServicer(IDENTITY, core, engine.sessions, engine.mailbox, Failpoints(), LIMITS)  # type: ignore[arg-type]
+    servicer = WorkerServicer(
+        IDENTITY,
+        core,  # type: ignore[arg-type]
+        engine.sessions,
+        engine.mailbox,
+        Failpoints(),
+        LIMITS,
+        stalled_s,
+    )
+    watching = asyncio.create_task(servicer.watch_engine())
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -77,6 +89,7 @@ async def run_worker() -> AsyncIterator[tuple[RecordingCore, Any]]:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             yield core, worker_pb2_grpc.WorkerServiceStub(channel)
     finally:
+        watching.cancel()
         await server.stop(None)
         engine.stop()
 
@@ -93,6 +106,11 @@ def admit(**changes: Any) -> worker_pb2.SessionRequest:
     work.sampling.seed, work.sampling.max_tokens = 1, 4
     work.MergeFrom(worker_pb2.Work(**changes))
     return worker_pb2.SessionRequest(admit=worker_pb2.Admit(work=work))
+
+
+async def read_to_the_end(call: Any) -> None:
+    while await call.read():
+        pass
 
 
 async def until(core: RecordingCore, call: Any) -> None:
@@ -203,12 +221,8 @@ async def test_a_message_that_cannot_be_read_ends_its_session_and_no_other(
         bad._request_serializer = bytes
         await bad.write(b"\xff" * 100)
 
-        async def read_to_the_end() -> None:
-            while await bad.read():
-                pass
-
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await read_to_the_end()
+            await read_to_the_end(bad)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         await until(core, ("end_session", 1))
         await good.write(admit())
@@ -225,3 +239,30 @@ async def test_when_the_stream_ends_the_engine_hears_it() -> None:
         await call.read()
         call.cancel()
         await until(core, ("end_session", 0))
+
+
+async def test_sessions_end_while_the_engine_is_stalled_and_new_ones_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(servicer_module, "HEARTBEAT_S", 0.02)
+    seconds = [0.0]
+    async with run_worker(lambda: seconds[0]) as (_, stub):
+        call = stub.Session()
+        await call.write(hello())
+        assert (await call.read()).HasField("welcome")
+        heartbeat = await call.read()
+        while heartbeat.step.HasField("load"):
+            heartbeat = await call.read()
+        assert heartbeat == worker_pb2.SessionResponse(step=worker_pb2.StepReport())
+        seconds[0] = 12.3
+        for stalled in (call, stub.Session()):
+            if stalled is not call:
+                await stalled.write(hello())
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await read_to_the_end(stalled)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert "has finished no step for 12.3 s" in str(caught.value.details())
+        seconds[0] = 0.0
+        call = stub.Session()
+        await call.write(hello())
+        assert (await call.read()).HasField("welcome")

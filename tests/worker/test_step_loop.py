@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from paceline.engine.step_plan import EMPTY, StepPlan, StepResult
+from paceline.worker import stall
 from paceline.worker.mailbox import Mailbox
 from paceline.worker.step_loop import StepLoop
 
@@ -72,11 +74,19 @@ def start_loop(
         mailbox,
         after_round=lambda: None,
         on_failure=on_failure,
-        heartbeat_s=0.01,
+        idle_round_s=0.01,
+        most_stall_s=60.0,
         overlap=overlap,
     )
     loop.start()
     return loop
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_without_overlap_a_step_is_applied_before_the_next_is_planned() -> None:
@@ -217,3 +227,46 @@ def test_a_device_that_is_ahead_is_not_kept_waiting() -> None:
     core, runner = CountingCore(10), TimedRunner(blocking=5)
     run_steps(core, Mailbox(), runner)
     assert max(runner.idle_s[1:]) < 0.1
+
+
+class StuckRunner(InstantRunner):
+    """Its second step does not end before `can_end` is set."""
+
+    def __init__(self) -> None:
+        self.can_end = threading.Event()
+        self.is_stuck = threading.Event()
+
+    def launch(self, plan: StepPlan) -> Finished:
+        if plan.step_id:
+            self.is_stuck.set()
+            assert self.can_end.wait(TIMEOUT_S)
+        return Finished(plan.step_id)
+
+
+def test_a_step_that_takes_far_longer_than_others_is_a_stall_until_it_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stall, "LEAST_S", 0.05)
+    core, runner = CountingCore(2), StuckRunner()
+    loop = start_loop(core, Mailbox(), runner=runner)
+    try:
+        assert runner.is_stuck.wait(TIMEOUT_S)
+        wait_until(lambda: loop.stalled_s() > 0.05)
+        runner.can_end.set()
+        wait_until(lambda: loop.stalled_s() == 0.0)
+        assert loop.num_steps == 2
+    finally:
+        runner.can_end.set()
+        loop.stop(TIMEOUT_S)
+
+
+def test_an_idle_engine_is_not_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stall, "LEAST_S", 0.05)
+    core = CountingCore(1)
+    loop = start_loop(core, Mailbox())
+    try:
+        assert core.applied.acquire(timeout=TIMEOUT_S)
+        looks = [loop.stalled_s() for _ in range(50) if time.sleep(0.005) is None]
+        assert not any(looks)
+    finally:
+        loop.stop(TIMEOUT_S)
