@@ -44,6 +44,19 @@ def test_action_happens_at_its_hit_alone(acts: list[str]) -> None:
     assert acts == ["stop", "kill"]
 
 
+def test_of_a_range_each_process_draws_its_own_hit(acts: list[str]) -> None:
+    drawn = set()
+    for _ in range(200):
+        points = Failpoints("token:kill@3-5")
+        num_hits = 0
+        while not acts:
+            points.hit("token")
+            num_hits += 1
+        acts.clear()
+        drawn.add(num_hits)
+    assert drawn == {3, 4, 5}
+
+
 def test_arming_replaces_what_was_armed(acts: list[str]) -> None:
     points = Failpoints("token:kill")
     points.arm("published:stop")
@@ -58,6 +71,8 @@ def test_arming_replaces_what_was_armed(acts: list[str]) -> None:
     "specification",
     [
         "token",
+        "token:kill@5-3",
+        "token:kill@5-",
         "token:",
         ":kill",
         "token:explode",

@@ -1,12 +1,14 @@
 """Named places where tests inject faults: `PACELINE_FAILPOINT=name:action@n`, several separated by
 commas.
 
-The action happens at the n-th hit of the name in this process (n from 1, default 1). Actions:
-`kill` ends the process by SIGKILL, `kill=PID` another one, `stop` halts the process by SIGSTOP,
+The action happens at the n-th hit of the name in this process (n from 1, default 1). `@a-b` draws n
+anew in each process, so that a worker and its replacement fail at unlike moments. Actions: `kill`
+ends the process by SIGKILL, `kill=PID` another one, `stop` halts the process by SIGSTOP,
 `delay=SECONDS` sleeps. Without the variable a hit costs one look at an empty dict.
 """
 
 import os
+import random
 import re
 import signal
 import threading
@@ -18,7 +20,9 @@ from paceline.errors import ConfigError
 
 VARIABLE = "PACELINE_FAILPOINT"
 
-_ENTRY = re.compile(r"([^:@]+):(kill(?:=\d+)?|stop|delay=\d+(?:\.\d+)?)(?:@([1-9]\d*))?")
+_ENTRY = re.compile(
+    r"([^:@]+):(kill(?:=\d+)?|stop|delay=\d+(?:\.\d+)?)(?:@([1-9]\d*)(?:-([1-9]\d*))?)?"
+)
 
 
 @dataclass(slots=True)
@@ -60,13 +64,16 @@ class Failpoints:
 def _parse(specification: str) -> Iterable[tuple[str, _Armed]]:
     for entry in filter(None, specification.split(",")):
         match = _ENTRY.fullmatch(entry)
-        if match is None:
+        name, action, first, last = match.groups() if match else ("", "", None, None)
+        lowest = int(first or "1")
+        highest = int(last or lowest)
+        if match is None or highest < lowest:
             raise ConfigError(
-                f"{VARIABLE} has the entry {entry!r}; it must read name:action@n with an action of "
-                "kill, kill=PID, stop or delay=SECONDS"
+                f"{VARIABLE} has the entry {entry!r}; it must read name:action@n or "
+                "name:action@a-b, a at most b, with an action of kill, kill=PID, stop or "
+                "delay=SECONDS"
             )
-        name, action, count = match.groups()
-        yield name, _Armed(action, int(count or "1"))
+        yield name, _Armed(action, random.randint(lowest, highest))
 
 
 def _act(action: str) -> None:
