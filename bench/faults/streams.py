@@ -16,6 +16,8 @@ from paceline.v1 import inference_pb2_grpc
 REQUEST_TIMEOUT_S = 300.0
 SHORTEST_GAP_S = 0.05
 """Between messages of a stream, for it to be written down."""
+ON_THE_WAY_S = 0.25
+"""What a worker had sent before a fault may still arrive for this long."""
 MAX_LOGPROB_DIFFERENCE = 1e-3
 RETRY_S = 0.2
 """After a refusal, or an error of the connection."""
@@ -111,9 +113,14 @@ class Streams:
         await asyncio.gather(*(self._client(number, end) for number in range(num_clients)))
 
     def longest_gap_s(self, at_s: float) -> float:
-        """Return how long the stream that waited longest at a moment still waited from it on."""
+        """Return how long the stream that a fault at that moment held up longest stood still."""
         return max(
-            (gap.end_s - at_s for gap in self.gaps if gap.start_s <= at_s < gap.end_s), default=0.0
+            (
+                gap.end_s - at_s
+                for gap in self.gaps
+                if gap.start_s - ON_THE_WAY_S <= at_s < gap.end_s
+            ),
+            default=0.0,
         )
 
     def _all(self) -> range:
