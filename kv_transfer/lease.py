@@ -14,17 +14,22 @@ once:
 
 Clocks decide when the owner may revoke, never whether a read was valid. Time is an argument:
 seconds of one monotonic clock.
+
+Every call costs O(1) a lease that it names or changes, whatever else the table holds. A lease whose
+pins have been dropped keeps its outcome and nothing else: the block list of a long context would
+take 0.3 MB for another minute.
 """
 
 import secrets
 import threading
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
 from paceline.errors import IntegrityError
+from paceline.groups import Groups
 from paceline.request import AttemptKey, FinishReason, TopLogprobs
 
 
@@ -143,14 +148,28 @@ class Lease:
 
     @property
     def block_ids(self) -> tuple[int, ...]:
-        """The owner's blocks so far, in the order of the context."""
+        """The owner's blocks so far, in the order of the context; empty without pins."""
         return tuple(self._block_ids)
 
-    def update_since(self, num_blocks: int) -> LeaseUpdate:
-        """Give the blocks after the first `num_blocks` and the progress. Callable on any thread."""
+    def update_since(self, num_blocks: int) -> LeaseUpdate | None:
+        """Give the blocks after the first `num_blocks` and the progress. Callable on any thread.
+
+        None: the lease is decided and has no pins any more.
+        """
+        block_ids = self._block_ids
         # Progress first: blocks only grow, so those read later cover the progress read earlier.
         progress = self.progress
-        return LeaseUpdate(tuple(self._block_ids[num_blocks:]), progress)
+        added = tuple(block_ids[num_blocks:])
+        # Last: with pins now, neither list nor progress has been dropped before.
+        return LeaseUpdate(added, progress) if self._has_pins else None
+
+    def _keep_outcome(self) -> None:
+        """Forget what only a lease with pins needs."""
+        self._has_pins = False
+        self._block_ids = []
+        self._block_set = set()
+        self._checked = None
+        self.progress = Progress(self.progress.num_tokens)
 
     def describe(self) -> str:
         """Name the lease for messages."""
@@ -195,18 +214,22 @@ class LeaseTable:
         """ALIVE ones and those whose outcome is still kept. Written by the engine thread."""
         self._by_key: dict[AttemptKey, Lease] = {}
         """The last lease of each attempt, as long as it is in `_by_id`."""
-        self._undecided: dict[str, list[Lease]] = {}
-        """By request: leases that the engine thread has not yet seen decided."""
+        self._of_request: Groups[str, Lease] = Groups()
+        """Leases with pins: those that the engine thread has not yet seen decided."""
+        self._of_reader: Groups[str, Lease] = Groups()
+        """The same leases."""
+        self._renewals: OrderedDict[Lease, None] = OrderedDict()
+        """ALIVE leases, the one that was renewed longest ago first. Changed under the lock."""
+        self._last_renewal_s = float("-inf")
         self._held: deque[Lease] = deque()
         """From the io thread to `settle`."""
         self._outcomes: deque[Lease] = deque()
         """Decided leases without pins, oldest first."""
-        self._no_expiry_before_s = float("inf")
 
     @property
     def num_undecided(self) -> int:
         """Leases that are ALIVE, or HELD and not settled: those with pins."""
-        return sum(map(len, self._undecided.values()))
+        return len(self._of_request)
 
     # Engine thread.
 
@@ -222,7 +245,7 @@ class LeaseTable:
         """
         covered = None if choices is None else frozenset(choices)
         older = []
-        for lease in self._undecided.get(key.request_id, ()):
+        for lease in self._of_request.of(key.request_id):
             if lease._state is not LeaseState.ALIVE or not _overlap(covered, lease.choices):
                 continue
             if lease.key.attempt >= key.attempt:
@@ -235,8 +258,10 @@ class LeaseTable:
         for lease in older:
             self.revoke(lease, f"attempt {key.attempt} superseded it", now)
         lease = Lease(self._draw_id(), key, reader, covered, now)
-        self._undecided.setdefault(key.request_id, []).append(lease)
-        self._no_expiry_before_s = min(self._no_expiry_before_s, now + self._ttl_s)
+        self._of_request.add(key.request_id, lease)
+        self._of_reader.add(reader, lease)
+        with self._lock:
+            self._renew(lease, now)
         self._by_id[lease.lease_id] = lease
         self._by_key[key] = lease
         return lease
@@ -278,22 +303,16 @@ class LeaseTable:
 
     def revoke_reader(self, reader: str, reason: str, now: float) -> list[Lease]:
         """Revoke what a lost reader had not confirmed, and return it."""
-        return self._revoke_where(lambda lease: lease.reader == reader, reason, now)
+        mine = self._of_reader.of(reader)
+        return [lease for lease in mine if self.revoke(lease, reason, now)]
 
     def expire(self, now: float) -> list[Lease]:
-        """Revoke and return leases that were not renewed in time; forget outcomes after theirs.
-
-        O(1) while nothing can have expired.
-        """
+        """Revoke and return leases that were not renewed in time; forget outcomes after theirs."""
         self._forget_outcomes(now)
-        if now < self._no_expiry_before_s:
-            return []
-        expired = self._revoke_where(
-            lambda lease: self._expires_s(lease) <= now, f"not renewed for {self._ttl_s} s", now
-        )
-        self._no_expiry_before_s = min(
-            map(self._expires_s, self._leases_with_pins()), default=float("inf")
-        )
+        expired = []
+        while (lease := self._longest_unrenewed()) and self._expires_s(lease) <= now:
+            if self.revoke(lease, f"not renewed for {self._ttl_s} s", now):
+                expired.append(lease)
         return expired
 
     def settle(self) -> list[Lease]:
@@ -329,12 +348,21 @@ class LeaseTable:
                 raise IntegrityError(f"{lease.describe()} has pins, but cannot be found by its id")
             if len(lease._block_set) != len(lease._block_ids):
                 raise IntegrityError(f"{lease.describe()} has a block twice")
+        self._check_renewals()
         num_known = self.num_undecided + len(self._outcomes)
         if len(self._by_id) != num_known or len(self._by_key) > num_known:
             raise IntegrityError(
                 f"{self.num_undecided} leases have pins and {len(self._outcomes)} are "
                 f"outcomes, but {len(self._by_id)} ids and {len(self._by_key)} attempts are known"
             )
+        if set(self._of_reader) != set(self._of_request):
+            raise IntegrityError(
+                f"{self.num_undecided} leases have pins, and not the same {len(self._of_reader)} "
+                "are found by their readers"
+            )
+        for outcome in self._outcomes:
+            if outcome._has_pins or outcome._block_ids or outcome._block_set:
+                raise IntegrityError(f"{outcome.describe()} keeps more than its outcome")
         if num_pins is not None:
             for block_id, count in pinned.items():
                 if num_pins(block_id) != count:
@@ -368,8 +396,8 @@ class LeaseTable:
         with self._lock:
             for lease_id in lease_ids:
                 lease = self._by_id.get(lease_id)
-                if lease is not None and lease.reader == reader:
-                    lease.renewed_s = max(now, lease.renewed_s)
+                if lease is not None and lease.reader == reader and lease in self._renewals:
+                    self._renew(lease, now)
 
     def find(self, key: AttemptKey) -> Lease | None:
         """Find the last lease of an attempt, decided or not. Callable on any thread."""
@@ -382,12 +410,28 @@ class LeaseTable:
             return False
         return lease._state is LeaseState.ALIVE
 
+    def _renew(self, lease: Lease, now: float) -> None:
+        """Count a lease's time from now. Only under the lock.
+
+        The two threads read the clock at different moments. Time never goes back here, so that the
+        order of the renewals is that of their times.
+        """
+        self._last_renewal_s = max(now, self._last_renewal_s)
+        lease.renewed_s = self._last_renewal_s
+        self._renewals[lease] = None
+        self._renewals.move_to_end(lease)
+
+    def _longest_unrenewed(self) -> Lease | None:
+        with self._lock:
+            return next(iter(self._renewals), None)
+
     def _decide(self, lease: Lease, state: LeaseState, now: float) -> None:
         """Change the state. Only under the lock."""
         if state not in LEASE_TRANSITIONS[lease._state]:
             raise IntegrityError(f"{lease.describe()} cannot become {state.name}")
         lease._state = state
         lease.ended_s = now
+        del self._renewals[lease]
 
     def _drop_pins(self, lease: Lease) -> None:
         if lease._state is LeaseState.ALIVE or not lease._has_pins:
@@ -395,22 +439,15 @@ class LeaseTable:
                 f"{lease.describe()} cannot drop its pins: they are dropped once, after the "
                 "decision"
             )
-        lease._has_pins = False
-        of_request = self._undecided[lease.key.request_id]
-        of_request.remove(lease)
-        if not of_request:
-            del self._undecided[lease.key.request_id]
+        block_ids = lease._block_ids
+        lease._keep_outcome()
+        self._of_request.remove(lease.key.request_id, lease)
+        self._of_reader.remove(lease.reader, lease)
         self._outcomes.append(lease)
-        self._pins.unpin(lease._block_ids)
-
-    def _revoke_where(
-        self, wanted: Callable[[Lease], bool], reason: str, now: float
-    ) -> list[Lease]:
-        candidates = [lease for lease in self._leases_with_pins() if wanted(lease)]
-        return [lease for lease in candidates if self.revoke(lease, reason, now)]
+        self._pins.unpin(block_ids)
 
     def _leases_with_pins(self) -> list[Lease]:
-        return [lease for of_request in self._undecided.values() for lease in of_request]
+        return list(self._of_request)
 
     def _expires_s(self, lease: Lease) -> float:
         return lease.renewed_s + self._ttl_s
@@ -430,6 +467,18 @@ class LeaseTable:
         while lease_id in self._by_id:
             lease_id = self._new_id()
         return lease_id
+
+    def _check_renewals(self) -> None:
+        with self._lock:
+            renewed = list(self._renewals)
+            alive = {
+                lease for lease in self._leases_with_pins() if lease._state is LeaseState.ALIVE
+            }
+        if set(renewed) != alive:
+            raise IntegrityError(f"{len(alive)} leases are alive, {len(renewed)} can expire")
+        times = [lease.renewed_s for lease in renewed]
+        if times != sorted(times):
+            raise IntegrityError(f"leases are not in the order of their renewals: {times}")
 
     def _require_growing(self, lease: Lease, verb: str) -> None:
         # HELD needs complete progress, so the io thread cannot end this lease between here and

@@ -186,6 +186,7 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
         told = session.subscriptions.get(lease.key)
         if told is None or lease.reader != session.reader:
             return
+        update = lease.update_since(told.num_blocks_sent)
         if lease.state is LeaseState.REVOKED:
             del session.subscriptions[lease.key]
             revoked = kv_pb2.Revoked(
@@ -193,11 +194,14 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
             )
             session.stream.send(kv_pb2.ReadLeasesResponse(revoked=revoked))
             return
-        block_ids, progress = lease.update_since(told.num_blocks_sent)
+        if update is None:  # HELD: its reader has confirmed it, so it has been told everything
+            del session.subscriptions[lease.key]
+            return
+        block_ids, progress = update
         complete = progress.is_complete
         if not block_ids and progress.num_tokens == told.num_tokens_sent and not complete:
             return
-        update = kv_pb2.LeaseUpdate(
+        message = kv_pb2.LeaseUpdate(
             request_id=lease.key.request_id,
             attempt=lease.key.attempt,
             lease_id=lease.lease_id,
@@ -207,7 +211,7 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
         )
         told.num_blocks_sent += len(block_ids)
         told.num_tokens_sent = progress.num_tokens
-        session.stream.send(kv_pb2.ReadLeasesResponse(update=update))
+        session.stream.send(kv_pb2.ReadLeasesResponse(update=message))
         if complete:
             # Nothing can be added, and from here on the confirmation decides.
             del session.subscriptions[lease.key]

@@ -4,10 +4,14 @@ import itertools
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
 
 import pytest
+from opcodes import num_opcodes
 
 from paceline.errors import IntegrityError
 from paceline.kv_transfer.lease import (
@@ -16,6 +20,7 @@ from paceline.kv_transfer.lease import (
     Lease,
     LeaseState,
     LeaseTable,
+    LeaseUpdate,
     Progress,
 )
 from paceline.request import AttemptKey
@@ -452,3 +457,90 @@ def contest(num_leases: int) -> set[bool]:
     assert owner.pins.total == 0
     owner.check()
     return set(held)
+
+
+def test_a_decided_lease_keeps_its_outcome_and_nothing_that_grows_with_its_context() -> None:
+    owner = Owner()
+    held, revoked = owner.alive(), owner.alive(AttemptKey("r2", 1))
+    owner.table.confirm(held.lease_id, READER, 0.0)
+    assert held.update_since(0) == ((10, 11), COMPLETE)
+    owner.table.settle()
+    owner.table.revoke(revoked, "test", 0.0)
+    for lease in (held, revoked):
+        assert lease.update_since(0) is None
+        assert lease.block_ids == ()
+        assert lease.progress.first_tokens is None
+    assert owner.table.confirm(held.lease_id, READER, 1.0)
+    owner.check()
+
+
+def test_memory_of_decided_leases_does_not_depend_on_their_contexts() -> None:
+    kept_bytes = []
+    for num_blocks in (1, 4000):
+        owner, block_ids = Owner(), list(range(num_blocks))
+        tracemalloc.start()
+        for number in range(20):
+            lease = owner.table.grant(AttemptKey(f"r{number}", 1), READER, 0.0)
+            owner.table.extend(lease, block_ids)
+            owner.table.publish(lease, COMPLETE)
+            owner.table.confirm(lease.lease_id, READER, 0.0)
+            owner.table.settle()
+        owner.pins.pins.clear()
+        kept_bytes.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    assert kept_bytes[1] < kept_bytes[0] + 20 * 1000
+
+
+@pytest.mark.parametrize("end", ["held", "revoked"])
+def test_an_update_is_whole_or_none_while_the_engine_drops_the_lease(end: str) -> None:
+    """The io thread reads the lease at every line of the engine thread's `_drop_pins`."""
+    owner = Owner()
+    lease = owner.alive()
+    seen: list[LeaseUpdate | None] = []
+
+    def read(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_name == "update_since":
+            return None
+        seen.append(lease.update_since(0))
+        return read
+
+    if end == "held":
+        owner.table.confirm(lease.lease_id, READER, 0.0)
+    sys.settrace(read)
+    try:
+        if end == "held":
+            owner.table.settle()
+        else:
+            owner.table.revoke(lease, "test", 0.0)
+    finally:
+        sys.settrace(None)
+    assert seen[0] == ((10, 11), COMPLETE)
+    assert seen[-1] is None
+    assert all(update in (None, ((10, 11), COMPLETE)) for update in seen)
+
+
+def test_no_call_costs_more_beside_many_other_leases() -> None:
+    assert costs(num_others=300) == costs(num_others=3)
+
+
+def costs(num_others: int) -> dict[str, int]:
+    """Count what each call executes in a table with other leases, some of the same reader."""
+    owner = Owner()
+    table = owner.table
+    # They were renewed once: their first time to expire has passed.
+    others = [owner.alive(AttemptKey(f"other-{n}", 1), f"other.{n % 3}") for n in range(num_others)]
+    for lease in others:
+        table.renew(lease.reader, 4.0, [lease.lease_id])
+    lost, held, late = (owner.alive(AttemptKey(f"r{n}", 1), f"decode-{n}.1") for n in range(3))
+    counts = {
+        "grant": num_opcodes(lambda: table.grant(AttemptKey("new", 1), READER, 4.5)),
+        "renew": num_opcodes(lambda: table.renew(late.reader, 4.5, [late.lease_id])),
+        "expire nothing": num_opcodes(lambda: table.expire(5.5)),
+        "lose a reader": num_opcodes(lambda: table.revoke_reader(lost.reader, "gone", 5.5)),
+        "confirm": num_opcodes(lambda: table.confirm(held.lease_id, held.reader, 5.5)),
+        "settle": num_opcodes(table.settle),
+        "count": num_opcodes(lambda: table.num_undecided),
+    }
+    for lease in others:
+        table.renew(lease.reader, 9.0, [lease.lease_id])
+    return counts | {"expire two": num_opcodes(lambda: table.expire(9.5))}

@@ -40,7 +40,14 @@ from hypothesis.stateful import (
 from paceline.engine.block_allocator import BlockAllocator
 from paceline.engine.prefix_cache import ChainPosition, PrefixCache
 from paceline.errors import IntegrityError, OutOfBlocksError
-from paceline.kv_transfer.lease import FirstToken, Lease, LeaseState, LeaseTable, Progress
+from paceline.kv_transfer.lease import (
+    FirstToken,
+    Lease,
+    LeaseState,
+    LeaseTable,
+    LeaseUpdate,
+    Progress,
+)
 from paceline.kv_transfer.read_plan import BlockRead, ReadPlan
 from paceline.request import AttemptKey, num_blocks_for
 
@@ -92,6 +99,8 @@ class Import:
     expected: list[int]
     plan: ReadPlan
     memory: Slots
+    sent: LeaseUpdate = field(default_factory=lambda: LeaseUpdate((), Progress(0)))
+    """All that the owner has told so far; it may still be on its way when the lease has ended."""
     num_blocks_told: int = 0
     told: Progress | None = None
     running: list[list[BlockRead]] = field(default_factory=list)
@@ -106,8 +115,8 @@ class Import:
 
 
 def is_behind(attempt: Import) -> bool:
-    """Whether an update can arrive: updates of an ended lease are still on their way."""
-    return attempt.told != attempt.lease.progress
+    """Whether an update can arrive."""
+    return attempt.told != attempt.sent.progress
 
 
 def is_exporting(context: Context) -> bool:
@@ -335,6 +344,9 @@ class BlocksAndLeases(RuleBasedStateMachine):
         num_tokens = min(context.num_computed, num_covered, context.num_leased_tokens)
         is_complete = num_tokens == context.num_leased_tokens
         self.table.publish(lease, Progress(num_tokens, FIRST_TOKENS if is_complete else None))
+        for attempt in self.imports:
+            if attempt.lease is lease and (update := lease.update_since(0)) is not None:
+                attempt.sent = update
 
     @rule(seconds=st.sampled_from([0.5, 2.0, 4.0, 6.0, 61.0]), runs_io_inside=st.booleans())
     def expire(self, seconds: float, runs_io_inside: bool) -> None:
@@ -419,12 +431,11 @@ class BlocksAndLeases(RuleBasedStateMachine):
     def update_arrives(self, number: int, is_quick: bool) -> None:
         waiting = list(filter(is_behind, self.imports))
         attempt = waiting[number % len(waiting)]
-        update = attempt.lease.update_since(attempt.num_blocks_told)
-        attempt.told = update.progress
-        attempt.num_blocks_told += len(update.block_ids_added)
-        reads = attempt.plan.update(
-            update.block_ids_added, update.progress.num_tokens, update.progress.is_complete
-        )
+        added, progress = attempt.sent
+        added = added[attempt.num_blocks_told :]
+        attempt.told = progress
+        attempt.num_blocks_told += len(added)
+        reads = attempt.plan.update(added, progress.num_tokens, progress.is_complete)
         if reads:
             attempt.running.append(reads)
         elif attempt.plan.all_read:
@@ -557,6 +568,7 @@ class ChecksThenActs(LeaseTable):
         self._pins.unpin(())  # the io thread runs here
         lease._state = LeaseState.REVOKED
         lease.ended_s = now
+        self._renewals.pop(lease, None)
         self._drop_pins(lease)
         return True
 
