@@ -16,7 +16,6 @@ from paceline.decode_worker.departures import Departure
 from paceline.decode_worker.preemption import choose_victim
 from paceline.decode_worker.roster import Roster
 from paceline.engine.block_allocator import BlockAllocator
-from paceline.engine.chunking import plan_chunks
 from paceline.engine.step_plan import EMPTY, Int32Array, SlotStart, StepPlan
 from paceline.engine.step_plan_builder import StepPlanBuilder
 from paceline.request import FailureReason
@@ -73,34 +72,20 @@ class StepPlanner:
         self._limits = limits
         self._roster = roster
         self._imported: list[Attempt] = []
-        self._prompts: list[Attempt] = []
         self._forked: list[Sequence] = []
         """Sequences that have not written yet, and share a partial last block perhaps."""
         self._numbers = np.arange(limits.max_num_seqs, dtype=np.int32)
         self._ones = np.ones(limits.max_num_seqs, dtype=np.int32)
         self._trues = np.ones(limits.max_num_seqs, dtype=np.bool_)
 
-    @property
-    def num_pending_tokens(self) -> int:
-        """Prompt tokens that wait to be computed here."""
-        return sum(
-            attempt.num_unplanned
-            for attempt in self._prompts
-            if attempt.state is AttemptState.PREFILLING
-        )
-
     def take_imported(self, attempt: Attempt) -> None:
         """Start the waiting sequences of an attempt whose context is in its blocks."""
         self._imported.append(attempt)
 
-    def take_prompt(self, attempt: Attempt) -> None:
-        """Compute an attempt's context."""
-        self._prompts.append(attempt)
-
     def plan(self, now: float) -> tuple[StepPlan, UnappliedStep] | None:
         """Plan the next step, preempting where running sequences cannot grow otherwise."""
         rows = self._make_room(now)
-        if self._imported or self._forked or self._prompts:
+        if self._imported or self._forked or len(self._roster.prompts):
             planned = self._plan_changes(now)
         else:
             planned = self._plan_decode(rows)
@@ -307,18 +292,13 @@ class StepPlanner:
         self, builder: StepPlanBuilder, positions: list[Int32Array], now: float
     ) -> tuple[PlannedChunk, ...]:
         """Fill the step with chunks of prompts, beside the decode rows."""
-        self._prompts = [a for a in self._prompts if a.state is AttemptState.PREFILLING]
         num_tokens = self._limits.max_num_batched_tokens - builder.num_tokens
-        chunks = plan_chunks(self._prompts, num_tokens, now, self._limits.prefill_age_bound_s)
         planned = []
-        for attempt, size in chunks:
+        for attempt, start, size in self._roster.prompts.plan(num_tokens, now):
             waiting, work = attempt.in_state(SequenceState.WAITING), attempt.work
             self._start(builder, waiting[0], work.output)
-            end = attempt.num_planned + size
-            last = builder.add_row(
-                waiting[0].slot, attempt.num_planned, attempt.context[attempt.num_planned : end]
-            )
-            attempt.num_planned = end
+            end = start + size
+            last = builder.add_row(waiting[0].slot, start, attempt.context[start:end])
             planned.append(PlannedChunk(attempt, size, now, end))
             if end < attempt.num_tokens:
                 continue

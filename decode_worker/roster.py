@@ -14,6 +14,7 @@ from paceline.decode_worker.departures import Departure, Departures
 from paceline.decode_worker.outbox import Outbox
 from paceline.decode_worker.outcomes import EndedAttempt, SequenceFailure
 from paceline.engine.block_allocator import BlockAllocator
+from paceline.engine.chunking import PromptQueue
 from paceline.engine.prefix_cache import PrefixCache
 from paceline.errors import IntegrityError
 from paceline.request import AttemptKey, FailureReason
@@ -39,6 +40,8 @@ class Roster:
         self.attempts: dict[AttemptKey, Attempt] = {}
         """Those of which something is still to be reported, oldest first."""
         self.draining_imports: dict[AttemptKey, Attempt] = {}
+        self.prompts: PromptQueue[Attempt] = PromptQueue(limits.prefill_age_bound_s)
+        """Attempts whose context is computed here, until all of it is planned."""
         self.budget = BlockBudget(allocator)
         self.batch = RunningBatch(limits.max_num_seqs, limits.block_tokens)
         self.tables = SlotTables(limits.max_num_seqs, limits.max_model_len, limits.block_tokens)
@@ -69,6 +72,8 @@ class Roster:
         for sequence in attempt:
             self._open[work.key.request_id, sequence.choice] = sequence
         self._num_by_session[attempt.session] = self.num_attempts_of(attempt.session) + 1
+        if attempt.state is AttemptState.PREFILLING:
+            self.prompts.add(attempt)
         self._promise_to_waiting(attempt)
 
     def fork(self, attempt: Attempt, *, next_index: int, is_given: bool) -> list[Sequence]:
@@ -188,6 +193,9 @@ class Roster:
         promised += int(self.batch.promised[: self.batch.num_rows].sum())
         promised += sum(sequence.num_copies_promised for sequence in running)
         self.budget.check_integrity(promised)
+        self.prompts.check_integrity(
+            [a for a in self.attempts.values() if a.state is AttemptState.PREFILLING]
+        )
         self._check_references()
 
     def _check_references(self) -> None:
@@ -246,6 +254,7 @@ class Roster:
             return
         key = attempt.work.key
         del self.attempts[key]
+        self.prompts.discard(attempt)
         num_left = self._num_by_session.pop(attempt.session) - 1
         if num_left:
             self._num_by_session[attempt.session] = num_left

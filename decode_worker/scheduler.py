@@ -255,7 +255,7 @@ class DecodeScheduler:
             credit_blocks=credit_blocks,
             credit_sequences=credit_sequences,
             num_running=roster.batch.num_rows,
-            num_pending_tokens=self._planner.num_pending_tokens,
+            num_pending_tokens=roster.prompts.num_tokens,
             num_free_blocks=max(roster.budget.num_spare, 0),
             draining=self._is_draining,
         )
@@ -331,8 +331,6 @@ class DecodeScheduler:
         self._roster.add(attempt)
         if has_source:
             self._importing[work.key] = attempt
-        else:
-            self._planner.take_prompt(attempt)
         return Admitted(block_ids, num_cached)
 
     def _no_room(self, num_blocks: int, num_uncached: int, has_source: bool) -> str | None:

@@ -8,7 +8,7 @@ from typing import Generic
 import numpy as np
 
 from paceline.engine.block_allocator import BlockAllocator
-from paceline.engine.chunking import ChunkTime, plan_chunks
+from paceline.engine.chunking import Chunk, ChunkTime, PromptQueue
 from paceline.engine.prefix_cache import PrefixCache
 from paceline.engine.step_plan import SlotStart, StepPlan, StepResult
 from paceline.engine.step_plan_builder import StepPlanBuilder
@@ -69,11 +69,16 @@ class PrefillScheduler(Generic[SessionT]):
         self._block_tokens = block_tokens
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._age_bound_s = age_bound_s
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
         self._prompts: dict[AttemptKey, Prompt[SessionT]] = {}
-        self._cancelled: list[Prompt[SessionT]] = []
+        self._waiting: PromptQueue[Prompt[SessionT]] = PromptQueue(age_bound_s)
+        """Those with tokens that no step computes yet."""
+        self._num_computing = 0
+        """Choices of the prompts that are COMPUTING."""
+        self._num_pending_tokens = 0
+        """Tokens of these prompts that are not final yet."""
+        self._cancelled: set[Prompt[SessionT]] = set()
         """Those that a step in flight still uses; their keys are forgotten."""
         self._free_slots = list(reversed(range(max_num_seqs)))
         self._in_flight: deque[_StepInFlight[SessionT]] = deque()
@@ -82,7 +87,7 @@ class PrefillScheduler(Generic[SessionT]):
     @property
     def has_work(self) -> bool:
         """Whether a step is in flight or could be planned."""
-        return bool(self._in_flight) or any(p.num_unplanned for p in self._prompts.values())
+        return bool(self._in_flight or len(self._waiting))
 
     def add(self, work: Work, session: SessionT, now: float) -> Accepted | Refused:
         """Take the work with everything it needs, or refuse it and keep nothing."""
@@ -103,7 +108,7 @@ class PrefillScheduler(Generic[SessionT]):
             )
         block_ids = [*match.block_ids, *self._allocator.allocate(num_new_blocks)]
         cached_tokens = len(match.block_ids) * self._block_tokens
-        self._prompts[work.key] = Prompt(
+        prompt = Prompt(
             num_tokens=work.num_tokens,
             num_planned=cached_tokens,
             arrived_s=now,
@@ -121,6 +126,10 @@ class PrefillScheduler(Generic[SessionT]):
             num_final=cached_tokens,
             chain=match.chain,
         )
+        self._prompts[work.key] = prompt
+        self._waiting.add(prompt)
+        self._num_computing += len(work.choices)
+        self._num_pending_tokens += prompt.num_tokens - prompt.num_final
         return Accepted(cached_tokens, tuple(block_ids))
 
     def cancel(self, key: AttemptKey, choices: Collection[int] = ()) -> bool:
@@ -135,10 +144,13 @@ class PrefillScheduler(Generic[SessionT]):
         prompt.cancelled_choices.update(choices or prompt.work.choices)
         if not prompt.cancelled_choices.issuperset(prompt.work.choices):
             return False
-        prompt.move_to(PromptState.CANCELLED)
+        self._end_computing(prompt, PromptState.CANCELLED)
+        self._waiting.discard(prompt)
         del self._prompts[key]
-        self._cancelled.append(prompt)
-        self._free_cancelled()
+        if prompt.num_steps_in_flight:
+            self._cancelled.add(prompt)
+        else:
+            self._free(prompt)
         return True
 
     def release(self, key: AttemptKey) -> None:
@@ -153,14 +165,12 @@ class PrefillScheduler(Generic[SessionT]):
         """Plan the next step; None when every prompt is planned to its end."""
         if len(self._in_flight) > 1:
             raise IntegrityError(f"planned a step while {len(self._in_flight)} are not applied")
-        chunks = plan_chunks(
-            self._prompts.values(), self._max_num_batched_tokens, now, self._age_bound_s
-        )
+        chunks = self._waiting.plan(self._max_num_batched_tokens, now)
         if not chunks:
             return None
         builder = StepPlanBuilder(self._next_step_id)
         self._next_step_id += 1
-        planned = tuple(self._plan_chunk(builder, prompt, size) for prompt, size in chunks)
+        planned = tuple(self._plan_chunk(builder, chunk) for chunk in chunks)
         self._in_flight.append(_StepInFlight(builder.step_id, now, planned))
         return builder.build()
 
@@ -182,6 +192,9 @@ class PrefillScheduler(Generic[SessionT]):
             if message is not None:
                 self._prefix_cache.forget(prompt.chain)
             if prompt.state is PromptState.CANCELLED:
+                if not prompt.num_steps_in_flight:
+                    self._cancelled.remove(prompt)
+                    self._free(prompt)
                 continue
             if message is not None:
                 failed.append(PrefillFailed(prompt.work.key, prompt.session, message))
@@ -190,16 +203,14 @@ class PrefillScheduler(Generic[SessionT]):
                 progressed.append(PromptProgress(prompt.work.key, prompt.num_final))
             else:
                 completed.append(self._complete(chunk, chunk.first_sample, result))
-        self._free_cancelled()
         return PrefillStep(tuple(progressed), tuple(completed), tuple(failed))
 
     def load(self) -> PrefillLoad:
-        computing = [p for p in self._prompts.values() if p.state is PromptState.COMPUTING]
         return PrefillLoad(
             credit_blocks=self._allocator.num_available,
             credit_sequences=len(self._free_slots),
-            num_running=sum(len(p.work.choices) for p in computing),
-            num_pending_tokens=sum(p.num_tokens - p.num_final for p in computing),
+            num_running=self._num_computing,
+            num_pending_tokens=self._num_pending_tokens,
         )
 
     def check_integrity(self) -> None:
@@ -209,6 +220,7 @@ class PrefillScheduler(Generic[SessionT]):
         slots = [*self._free_slots, *(slot for prompt in prompts for slot in prompt.slots)]
         if sorted(slots) != list(range(self._max_num_seqs)):
             raise IntegrityError(f"slots are not 0 to {self._max_num_seqs - 1} once: {slots}")
+        self._check_counts()
         num_chunks = sum(len(step.chunks) for step in self._in_flight)
         num_awaited = sum(prompt.num_steps_in_flight for prompt in prompts)
         if num_chunks != num_awaited:
@@ -223,6 +235,23 @@ class PrefillScheduler(Generic[SessionT]):
                 raise IntegrityError(
                     f"block {block_id} is used by {count} prompts and has "
                     f"{self._allocator.num_references(block_id)} references"
+                )
+
+    def _check_counts(self) -> None:
+        computing = [p for p in self._prompts.values() if p.state is PromptState.COMPUTING]
+        self._waiting.check_integrity([p for p in computing if p.num_unplanned])
+        num_choices = sum(len(p.work.choices) for p in computing)
+        num_tokens = sum(p.num_tokens - p.num_final for p in computing)
+        if (num_choices, num_tokens) != (self._num_computing, self._num_pending_tokens):
+            raise IntegrityError(
+                f"{num_choices} choices are computed and {num_tokens} tokens of them are not "
+                f"final, the counters say {self._num_computing} and {self._num_pending_tokens}"
+            )
+        for prompt in self._cancelled:
+            if prompt.state is not PromptState.CANCELLED or not prompt.num_steps_in_flight:
+                raise IntegrityError(
+                    f"prompt {prompt.work.key} is {prompt.state.value} with "
+                    f"{prompt.num_steps_in_flight} steps in flight, and waits to be freed"
                 )
 
     def _reason_to_refuse(self, work: Work) -> str | None:
@@ -255,10 +284,10 @@ class PrefillScheduler(Generic[SessionT]):
         return None
 
     def _plan_chunk(
-        self, builder: StepPlanBuilder, prompt: Prompt[SessionT], num_tokens: int
+        self, builder: StepPlanBuilder, chunk: Chunk[Prompt[SessionT]]
     ) -> _PlannedChunk[SessionT]:
+        prompt, start, num_tokens = chunk
         work = prompt.work
-        start = prompt.num_planned
         if not prompt.is_started:
             prompt.is_started = True
             for slot, choice in zip(prompt.slots, work.choices, strict=True):
@@ -266,7 +295,6 @@ class PrefillScheduler(Generic[SessionT]):
             builder.set_blocks(prompt.slots[0], 0, prompt.block_ids)
         end = start + num_tokens
         last = builder.add_row(prompt.slots[0], start, prompt.context[start:end])
-        prompt.num_planned = end
         prompt.num_steps_in_flight += 1
         if end < prompt.num_tokens:
             return _PlannedChunk(prompt, num_tokens, None, ())
@@ -285,6 +313,8 @@ class PrefillScheduler(Generic[SessionT]):
         size = self._block_tokens
         first_block = prompt.num_final // size
         prompt.num_final += num_tokens
+        if prompt.state is PromptState.COMPUTING:
+            self._num_pending_tokens -= num_tokens
         for number in range(first_block, prompt.num_final // size):
             tokens = prompt.context[number * size : (number + 1) * size]
             prompt.chain = self._prefix_cache.insert(prompt.chain, tokens, prompt.block_ids[number])
@@ -302,7 +332,7 @@ class PrefillScheduler(Generic[SessionT]):
             reason = prompt.stop_conditions.reason_to_finish(token_id, index)
             logprobs = result.logprobs.get(number)
             samples.append(FirstSample(choice, stream_id, index, token_id, reason, logprobs))
-        prompt.move_to(PromptState.COMPLETE)
+        self._end_computing(prompt, PromptState.COMPLETE)
         self._return_slots(prompt)
         return PrefillDone(
             key=prompt.work.key,
@@ -312,15 +342,14 @@ class PrefillScheduler(Generic[SessionT]):
             chunk_times=tuple(prompt.chunk_times),
         )
 
-    def _free_cancelled(self) -> None:
-        waiting = []
-        for prompt in self._cancelled:
-            if prompt.num_steps_in_flight:
-                waiting.append(prompt)
-                continue
-            self._return_slots(prompt)
-            self._allocator.release(prompt.block_ids)
-        self._cancelled = waiting
+    def _end_computing(self, prompt: Prompt[SessionT], state: PromptState) -> None:
+        prompt.move_to(state)
+        self._num_computing -= len(prompt.work.choices)
+        self._num_pending_tokens -= prompt.num_tokens - prompt.num_final
+
+    def _free(self, prompt: Prompt[SessionT]) -> None:
+        self._return_slots(prompt)
+        self._allocator.release(prompt.block_ids)
 
     def _return_slots(self, prompt: Prompt[SessionT]) -> None:
         self._free_slots.extend(prompt.slots)
