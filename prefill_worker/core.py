@@ -2,13 +2,15 @@
 final.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from paceline.engine.step_plan import StepPlan, StepResult
+from paceline.errors import IntegrityError
 from paceline.failpoints import Failpoints
+from paceline.groups import Groups
 from paceline.kv_transfer.lease import FirstToken, Lease, LeaseTable, Progress
 from paceline.prefill_worker.outcomes import PrefillDone, Refused
 from paceline.prefill_worker.scheduler import PrefillScheduler
@@ -55,6 +57,9 @@ class PrefillCore:
         self._worker_id = worker_id
         self._unix_offset_s = unix_offset_s
         self._attempts: dict[AttemptKey, _Attempt] = {}
+        self._of_request: Groups[str, _Attempt] = Groups()
+        self._of_session: Groups[int, _Attempt] = Groups()
+        """The same attempts."""
         self._draining = False
         self.notify_changed: Callable[[Lease], None] = lambda lease: None
         """Set before the first dispatch: tells the io thread that a lease has grown or is over."""
@@ -74,7 +79,7 @@ class PrefillCore:
             return
         lease = self._leases.grant(work.key, peer.name, now, work.choices)
         self._leases.extend(lease, accepted.block_ids)
-        self._attempts[work.key] = _Attempt(session, work, lease, set(work.choices))
+        self._remember(_Attempt(session, work, lease, set(work.choices)))
         if accepted.cached_tokens:
             self._leases.publish(lease, Progress(accepted.cached_tokens, None))
         self.notify_changed(lease)
@@ -91,9 +96,8 @@ class PrefillCore:
             self._end(key, "the router cancelled the attempt", now)
 
     def end_session(self, session: int, now: float) -> None:
-        for key, attempt in list(self._attempts.items()):
-            if attempt.session == session:
-                self._end(key, "the router is gone", now)
+        for attempt in self._of_session.of(session):
+            self._end(attempt.work.key, "the router is gone", now)
 
     def drain(self, now: float) -> None:
         self._draining = True
@@ -111,7 +115,7 @@ class PrefillCore:
 
     def tick(self, now: float) -> None:
         for lease in self._leases.settle():
-            self._forget(lease)
+            self._forget_lease(lease)
         for lease in self._leases.expire(now):
             self._fail(lease, now)
 
@@ -129,9 +133,11 @@ class PrefillCore:
             spans = prefill_spans(self._worker_id, done.chunk_times, self._unix_offset_s)
             # Before the tokens: the router may end the request with the first one.
             self._routers.send_phase(done.session, done.key, spans, 0, "")
-        for session in {done.session for done in step.completed}:
-            completed = [done for done in step.completed if done.session == session]
-            self._routers.send_output(session, first_tokens_output(completed))
+        completed: dict[int, list[PrefillDone[int]]] = {}
+        for done in step.completed:
+            completed.setdefault(done.session, []).append(done)
+        for session, prompts in completed.items():
+            self._routers.send_output(session, first_tokens_output(prompts))
         for done in step.completed:
             self._complete(done, now)
         for failed in step.failed:
@@ -144,7 +150,7 @@ class PrefillCore:
 
     def load(self, session: int, num_sessions: int) -> LoadReport:
         load = self._scheduler.load()
-        num_own = sum(attempt.session == session for attempt in self._attempts.values())
+        num_own = self._of_session.size_of(session)
 
         def share(total: int) -> int:
             if self._draining:
@@ -167,26 +173,42 @@ class PrefillCore:
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
         self._leases.check_integrity()
+        attempts = set(self._attempts.values())
+        if not attempts == set(self._of_request) == set(self._of_session):
+            raise IntegrityError(
+                f"{len(attempts)} attempts are here, {len(self._of_request)} are found by their "
+                f"request and {len(self._of_session)} by their session"
+            )
 
-    def _rivals(self, work: Work) -> Iterator[AttemptKey]:
-        """Attempts here of the same name, or at the same choices of the same request."""
-        for key, attempt in self._attempts.items():
-            same_request = key.request_id == work.key.request_id
-            shares_choices = not set(work.choices).isdisjoint(attempt.work.choices)
-            if same_request and (shares_choices or key == work.key):
-                yield key
+    def _rivals(self, work: Work) -> list[_Attempt]:
+        """Attempts here of the same name, or at the same choices of the same request.
+
+        A request has no more attempts here than choices.
+        """
+        return [
+            attempt
+            for attempt in self._of_request.of(work.key.request_id)
+            if attempt.work.key == work.key
+            or not set(work.choices).isdisjoint(attempt.work.choices)
+        ]
 
     def _reason_to_refuse(self, session: int, work: Work) -> str | None:
-        rivals = list(self._rivals(work))
-        if any(self._attempts[key].session != session for key in rivals):
+        rivals = self._rivals(work)
+        if any(rival.session != session for rival in rivals):
             return f"another session has work here under the name {work.key.request_id}"
-        if any(key.attempt >= work.key.attempt for key in rivals):
+        if any(rival.work.key.attempt >= work.key.attempt for rival in rivals):
             return "a newer attempt runs here"
         return None
 
     def _end_older(self, work: Work, now: float) -> None:
-        for key in list(self._rivals(work)):
-            self._end(key, f"attempt {work.key.attempt} superseded it", now)
+        for rival in self._rivals(work):
+            self._end(rival.work.key, f"attempt {work.key.attempt} superseded it", now)
+
+    def _remember(self, attempt: _Attempt) -> None:
+        key = attempt.work.key
+        self._attempts[key] = attempt
+        self._of_request.add(key.request_id, attempt)
+        self._of_session.add(attempt.session, attempt)
 
     def _complete(self, done: PrefillDone[int], now: float) -> None:
         """Publish a context that is whole; from here on only the lease keeps its blocks."""
@@ -205,7 +227,7 @@ class PrefillCore:
 
     def _fail(self, lease: Lease, now: float) -> None:
         """A lease was lost. While the prompt is still computed, the router has to hear of it."""
-        attempt = self._forget(lease)
+        attempt = self._forget_lease(lease)
         if attempt is None:
             return
         self.notify_changed(lease)
@@ -214,18 +236,26 @@ class PrefillCore:
                 attempt.session, attempt.work.stream_ids, FailureReason.LEASE_LOST, lease.reason
             )
 
-    def _forget(self, lease: Lease) -> _Attempt | None:
+    def _forget(self, attempt: _Attempt) -> None:
+        key = attempt.work.key
+        del self._attempts[key]
+        self._of_request.remove(key.request_id, attempt)
+        self._of_session.remove(attempt.session, attempt)
+
+    def _forget_lease(self, lease: Lease) -> _Attempt | None:
         """Drop the attempt of a lease that is over, unless the key has a newer lease by now."""
         attempt = self._attempts.get(lease.key)
         if attempt is None or attempt.lease is not lease:
             return None
-        return self._attempts.pop(lease.key)
+        self._forget(attempt)
+        return attempt
 
     def _end(self, key: AttemptKey, reason: str, now: float) -> None:
         """Nobody wants the attempt any more."""
-        attempt = self._attempts.pop(key, None)
+        attempt = self._attempts.get(key)
         if attempt is None:
             return
+        self._forget(attempt)
         self._scheduler.cancel(key)
         self._leases.revoke(attempt.lease, reason, now)
         self.notify_changed(attempt.lease)
