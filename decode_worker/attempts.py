@@ -158,6 +158,12 @@ class Attempt(PrefillProgress):
         """Output index at which every choice ends at the latest."""
         return self.stop_conditions.max_output_tokens - 1
 
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether a sequence waits or runs, so that preempting it gives blocks."""
+        has_them = (SequenceState.WAITING, SequenceState.RUNNING)
+        return any(sequence.state in has_them for sequence in self.sequences)
+
     def in_state(self, state: SequenceState) -> list[Sequence]:
         return [sequence for sequence in self.sequences if sequence.state is state]
 

@@ -4,10 +4,12 @@ A row is one running sequence; rows are dense and without order: the last one ta
 that leaves. What is long, tokens and block tables, stays with the slot.
 """
 
+from collections import Counter
+
 import numpy as np
 import numpy.typing as npt
 
-from paceline.decode_worker.attempts import Sequence
+from paceline.decode_worker.attempts import Sequence, SequenceState
 from paceline.engine.step_plan import Int32Array
 from paceline.errors import IntegrityError
 
@@ -60,6 +62,8 @@ class RunningBatch:
         """The next token is known here, not the slot's last sample."""
         self.stop_ids: Int32Array = np.full((max_num_rows, 4), NO_TOKEN, dtype=np.int32)
         self._num_stop_ids = np.zeros(max_num_rows, dtype=np.int32)
+        self._num_rows_by_width: Counter[int] = Counter()
+        """Rows that have a number of stop ids."""
         self.max_num_stop_ids = 0
         """Columns of `stop_ids` that any row uses."""
         self.row_of_slot: Rows = np.full(max_num_rows, -1, dtype=np.intp)
@@ -114,7 +118,7 @@ class RunningBatch:
         last = self.num_rows - 1
         self.num_held -= bool(self.is_held[row])
         self.num_given -= bool(self.is_given[row])
-        was_widest = self._num_stop_ids[row] == self.max_num_stop_ids
+        width = int(self._num_stop_ids[row])
         moved = self.sequences.pop()
         if row != last:
             self.sequences[row] = moved
@@ -125,8 +129,10 @@ class RunningBatch:
         self.row_of_slot[sequence.slot] = -1
         self.num_rows = last
         self.version += 1
-        if was_widest:
-            self.max_num_stop_ids = int(self._num_stop_ids[:last].max(initial=0))
+        self._num_rows_by_width[width] -= 1
+        if not self._num_rows_by_width[width]:
+            del self._num_rows_by_width[width]
+            self.max_num_stop_ids = max(self._num_rows_by_width, default=0)
 
     def row_of(self, sequence: Sequence) -> int:
         row = int(self.row_of_slot[sequence.slot])
@@ -154,6 +160,15 @@ class RunningBatch:
         """[num_rows] whether the last sample that a sequence may have has been planned already."""
         size = self.num_rows
         return self.next_indices[:size] > self.last_indices[:size]
+
+    def num_blocks_wanted(self, sequence: Sequence) -> int:
+        """Blocks that a sequence needs for its next token, beyond one that it was promised."""
+        if sequence.state is not SequenceState.RUNNING:
+            return 0
+        row = self.row_of(sequence)
+        is_full = self.positions[row] >= self.capacities[row]
+        goes_on = self.next_indices[row] <= self.last_indices[row]
+        return int(is_full and goes_on and not self.promised[row])
 
     def rows_at_capacity(self) -> Rows:
         """Rows whose next token has no block."""
@@ -192,8 +207,12 @@ class RunningBatch:
         if len(over):
             raise IntegrityError(f"rows {over.tolist()} have more tokens than their blocks hold")
         widest = int(self._num_stop_ids[:size].max(initial=0))
-        if widest != self.max_num_stop_ids:
-            raise IntegrityError(f"{widest} stop ids at most, {self.max_num_stop_ids} counted")
+        widths = Counter(self._num_stop_ids[:size].tolist())
+        if widest != self.max_num_stop_ids or widths != self._num_rows_by_width:
+            raise IntegrityError(
+                f"{widest} stop ids at most, {self.max_num_stop_ids} counted; rows by number of "
+                f"stop ids are {dict(widths)}, counted {dict(self._num_rows_by_width)}"
+            )
 
     def _set_stop_ids(self, row: int, stop_ids: list[int]) -> None:
         if len(stop_ids) > self.stop_ids.shape[1]:
@@ -203,4 +222,5 @@ class RunningBatch:
         self.stop_ids[row] = NO_TOKEN
         self.stop_ids[row, : len(stop_ids)] = stop_ids
         self._num_stop_ids[row] = len(stop_ids)
+        self._num_rows_by_width[len(stop_ids)] += 1
         self.max_num_stop_ids = max(self.max_num_stop_ids, len(stop_ids))

@@ -1,9 +1,9 @@
 """Slots and blocks that nobody wants any more, until no step in flight uses them."""
 
 from collections import deque
+from collections.abc import Iterable
+from itertools import islice
 from typing import NamedTuple
-
-import numpy as np
 
 from paceline.decode_worker.attempts import Attempt
 from paceline.decode_worker.batch import SlotTables
@@ -23,6 +23,27 @@ class Departure(NamedTuple):
     """Cache the full blocks below this attempt's context; None: they must not be cached."""
     num_tokens: int = 0
     """Tokens of the sequence whose KV is final once `after_step` has been applied."""
+
+
+class BlocksComing:
+    """Counts the blocks that can be allocated once some departures have gone.
+
+    Right as long as nobody else takes or drops a reference or pin meanwhile.
+    """
+
+    def __init__(self, allocator: BlockAllocator) -> None:
+        self._allocator = allocator
+        self._num_leaving: dict[int, int] = {}
+        """References of each block that the departures have."""
+        self.count = 0
+
+    def add(self, departures: Iterable[Departure]) -> None:
+        allocator, num_leaving = self._allocator, self._num_leaving
+        for departure in departures:
+            for block_id in departure.block_ids:
+                num_leaving[block_id] = num_leaving.get(block_id, 0) + 1
+                is_last = num_leaving[block_id] == allocator.num_references(block_id)
+                self.count += is_last and not allocator.num_pins(block_id)
 
 
 class Departures:
@@ -54,18 +75,9 @@ class Departures:
     def block_ids(self) -> list[int]:
         return [block_id for departure in self._waiting for block_id in departure.block_ids]
 
-    def num_blocks_coming(self) -> int:
-        """Blocks that can be allocated once everything here has gone."""
-        leaving = np.array(self.block_ids, dtype=np.int64)
-        if not len(leaving):
-            return 0
-        ids, counts = np.unique(leaving, return_counts=True)
-        pairs = zip(ids.tolist(), counts.tolist(), strict=True)
-        return sum(
-            self._allocator.num_references(block_id) == count
-            and not self._allocator.num_pins(block_id)
-            for block_id, count in pairs
-        )
+    def newest(self, count: int) -> list[Departure]:
+        """Give those that were added last."""
+        return list(islice(reversed(self._waiting), count))
 
     def add(self, departure: Departure) -> None:
         """Take a departure; `after_step` never goes down from one to the next."""

@@ -12,7 +12,7 @@ import numpy as np
 from paceline.decode_worker.admission import Limits
 from paceline.decode_worker.attempts import Attempt, AttemptState, Sequence, SequenceState
 from paceline.decode_worker.batch import Rows
-from paceline.decode_worker.departures import Departure
+from paceline.decode_worker.departures import BlocksComing, Departure
 from paceline.decode_worker.preemption import choose_victim
 from paceline.decode_worker.roster import Roster
 from paceline.engine.block_allocator import BlockAllocator
@@ -153,24 +153,39 @@ class StepPlanner:
 
         Returns these rows.
         """
-        roster, batch = self._roster, self._roster.batch
-        while True:
-            rows = batch.rows_at_capacity()
-            if not len(rows):
-                return rows
-            num_lacking = len(rows) - int(batch.promised[rows].sum()) - roster.budget.num_spare
-            if num_lacking <= 0 or num_lacking <= roster.departures.num_blocks_coming():
-                return rows
-            victim = choose_victim(tuple(roster.attempts.values()))
+        batch = self._roster.batch
+        rows = batch.rows_at_capacity()
+        if not len(rows):
+            return rows
+        num_wanted = len(rows) - int(batch.promised[rows].sum())
+        if num_wanted <= self._roster.budget.num_spare:
+            return rows
+        self._preempt(num_wanted, now)
+        return batch.rows_at_capacity()
+
+    def _preempt(self, num_wanted: int, now: float) -> None:
+        """Give up the youngest until `num_wanted` blocks are spare or coming.
+
+        num_wanted: blocks for rows at their capacity, beyond those that they were promised.
+        """
+        roster, departures = self._roster, self._roster.departures
+        coming = BlocksComing(self._allocator)
+        coming.add(departures.newest(len(departures)))
+        while (num_lacking := num_wanted - roster.budget.num_spare) > coming.count:
+            victim = choose_victim(roster.holders)
             if victim is None:
-                return rows
+                return
             message = (
                 f"{num_lacking} KV blocks are lacking for older sequences, all "
                 f"{self._allocator.num_blocks} are in use or promised. If this happens often, "
                 "raise decode.num_kv_blocks or decode.watermark, or lower decode.max_num_seqs"
             )
+            num_wanted -= sum(map(roster.batch.num_blocks_wanted, victim.sequences))
+            num_before = len(departures)
             roster.fail(list(victim.sequences), FailureReason.PREEMPTED, message, now)
-            roster.departures.settle(roster.last_applied_step)
+            # With no step in flight all of it is spare at once; else nothing can be freed yet.
+            departures.settle(roster.last_applied_step)
+            coming.add(departures.newest(max(len(departures) - num_before, 0)))
 
     def _start_imported(self, builder: StepPlanBuilder, now: float) -> None:
         tables = self._roster.tables

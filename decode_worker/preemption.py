@@ -5,7 +5,7 @@ attempt the last. The oldest sequence never goes, so at every moment somebody ge
 that go return to the head of their router's queue with their output.
 """
 
-from collections.abc import Sequence as SequenceOf
+from collections import OrderedDict
 from typing import NamedTuple
 
 from paceline.decode_worker.attempts import Attempt, Sequence, SequenceState
@@ -18,26 +18,18 @@ class Victim(NamedTuple):
     sequences: tuple[Sequence, ...]
 
 
-def choose_victim(attempts: SequenceOf[Attempt]) -> Victim | None:
-    """Choose among attempts, oldest first; None when only the oldest sequence could go.
+def choose_victim(holders: OrderedDict[Attempt, None]) -> Victim | None:
+    """Choose among attempts that hold blocks, oldest first; None when only the oldest could go.
 
     The choices of an attempt that has not forked have one set of blocks, so they go together.
     """
-    oldest = _oldest_holder(attempts)
-    for attempt in reversed(attempts):
-        waiting = attempt.in_state(SequenceState.WAITING)
-        if waiting:
-            return None if attempt is oldest else Victim(attempt, tuple(waiting))
-        running = attempt.in_state(SequenceState.RUNNING)
-        if attempt is oldest:
-            running = running[1:]
-        if running:
-            return Victim(attempt, (running[-1],))
-    return None
-
-
-def _oldest_holder(attempts: SequenceOf[Attempt]) -> Attempt | None:
-    for attempt in attempts:
-        if attempt.in_state(SequenceState.WAITING) or attempt.in_state(SequenceState.RUNNING):
-            return attempt
-    return None
+    if not holders:
+        return None
+    oldest, youngest = next(iter(holders)), next(reversed(holders))
+    waiting = youngest.in_state(SequenceState.WAITING)
+    if waiting:
+        return None if youngest is oldest else Victim(youngest, tuple(waiting))
+    running = youngest.in_state(SequenceState.RUNNING)
+    if youngest is oldest and len(running) == 1:
+        return None
+    return Victim(youngest, (running[-1],))

@@ -55,6 +55,7 @@ def take_samples(
         return
     finished, reasons = _finished(batch, samples)
     sequences = [batch.sequences[row] for row in _row_numbers(batch, samples.rows)[finished]]
+    last_indices = samples.indices[finished].tolist()
     if batch.num_held:
         samples, reported_ends, reported_reasons = _hold_back(batch, samples, finished, reasons)
     else:
@@ -70,9 +71,8 @@ def take_samples(
             samples.logprobs,
         )
         outbox.add_columns(batch.sessions[samples.rows], output, reported_ends)
-    for sequence in sequences:
+    for sequence, index in zip(sequences, last_indices, strict=True):
         first_index = sequence.attempt.work.next_index
-        index = int(step.sample_indices[np.flatnonzero(step.sample_slots == sequence.slot)[0]])
         roster.finish(sequence, index + 1 - first_index, now)
 
 

@@ -5,6 +5,8 @@ all of it is in exactly one place: with the attempt until it forks, then with ea
 among the departures. A block that a sequence has copied for itself goes there at once.
 """
 
+from collections import OrderedDict
+
 import numpy as np
 
 from paceline.decode_worker.admission import BlockBudget, Limits, num_promised_beyond_context
@@ -17,6 +19,7 @@ from paceline.engine.block_allocator import BlockAllocator
 from paceline.engine.chunking import PromptQueue
 from paceline.engine.prefix_cache import PrefixCache
 from paceline.errors import IntegrityError
+from paceline.groups import Groups
 from paceline.request import AttemptKey, FailureReason
 
 
@@ -35,10 +38,14 @@ class Roster:
         self._limits = limits
         self._outbox = outbox
         self._open: dict[tuple[str, int], Sequence] = {}
-        self._num_by_session: dict[int, int] = {}
+        self._of_session: Groups[int, Attempt] = Groups()
         self._num_admitted = 0
         self.attempts: dict[AttemptKey, Attempt] = {}
         """Those of which something is still to be reported, oldest first."""
+        self.holders: OrderedDict[Attempt, None] = OrderedDict()
+        """Attempts with sequences that wait or run, oldest first. The others have no blocks."""
+        self.imports: OrderedDict[AttemptKey, Attempt] = OrderedDict()
+        """Those that are IMPORTING, the one whose prefill was seen longest ago first."""
         self.draining_imports: dict[AttemptKey, Attempt] = {}
         self.prompts: PromptQueue[Attempt] = PromptQueue(limits.prefill_age_bound_s)
         """Attempts whose context is computed here, until all of it is planned."""
@@ -57,7 +64,10 @@ class Roster:
         return self._open.get((request_id, choice))
 
     def num_attempts_of(self, session: int) -> int:
-        return self._num_by_session.get(session, 0)
+        return self._of_session.size_of(session)
+
+    def attempts_of(self, session: int) -> tuple[Attempt, ...]:
+        return self._of_session.of(session)
 
     def add(self, attempt: Attempt) -> None:
         """Take an attempt that has its context's blocks: give it slots and promises."""
@@ -71,9 +81,12 @@ class Roster:
         self.attempts[work.key] = attempt
         for sequence in attempt:
             self._open[work.key.request_id, sequence.choice] = sequence
-        self._num_by_session[attempt.session] = self.num_attempts_of(attempt.session) + 1
+        self._of_session.add(attempt.session, attempt)
+        self.holders[attempt] = None
         if attempt.state is AttemptState.PREFILLING:
             self.prompts.add(attempt)
+        else:
+            self.imports[work.key] = attempt
         self._promise_to_waiting(attempt)
 
     def fork(self, attempt: Attempt, *, next_index: int, is_given: bool) -> list[Sequence]:
@@ -102,6 +115,15 @@ class Roster:
                 is_given=is_given,
             )
         return waiting
+
+    def renew_import(self, key: AttemptKey, now: float) -> None:
+        """Count the time of an import's promise from now."""
+        if (attempt := self.imports.get(key)) is not None:
+            attempt.renewed_s = now
+            self.imports.move_to_end(key)
+
+    def oldest_import(self) -> Attempt | None:
+        return next(iter(self.imports.values()), None)
 
     def cache_context(self, attempt: Attempt, num_final_tokens: int) -> None:
         """Put the full blocks among the context's final tokens into the prefix cache.
@@ -196,7 +218,29 @@ class Roster:
         self.prompts.check_integrity(
             [a for a in self.attempts.values() if a.state is AttemptState.PREFILLING]
         )
+        self._check_indexes()
         self._check_references()
+
+    def _check_indexes(self) -> None:
+        """Compare the attempts with what finds some of them."""
+        attempts = list(self.attempts.values())
+        if set(self._of_session) != set(attempts):
+            raise IntegrityError(
+                f"{len(attempts)} attempts are here, {len(self._of_session)} are found by session"
+            )
+        holders = [attempt for attempt in attempts if attempt.holds_blocks]
+        if list(self.holders) != holders:
+            raise IntegrityError(
+                f"{len(holders)} attempts hold blocks, those counted are {len(self.holders)}, or "
+                "in another order"
+            )
+        importing = {a.work.key for a in attempts if a.state is AttemptState.IMPORTING}
+        renewed = [attempt.renewed_s for attempt in self.imports.values()]
+        if self.imports.keys() != importing or renewed != sorted(renewed):
+            raise IntegrityError(
+                f"{len(importing)} attempts are imported, those counted are {len(self.imports)}, "
+                f"renewed at {renewed}"
+            )
 
     def _check_references(self) -> None:
         holders = [*self.departures.block_ids]
@@ -243,6 +287,8 @@ class Roster:
             self._promise_to_waiting(attempt)
         if not sequence.is_open:
             self._forget(sequence)
+        if before is not SequenceState.FINISHED and not attempt.holds_blocks:
+            del self.holders[attempt]
 
     def _close(self, attempt: Attempt, now: float) -> None:
         """End an attempt of which nothing is open; free blocks that no sequence waits for."""
@@ -255,9 +301,8 @@ class Roster:
         key = attempt.work.key
         del self.attempts[key]
         self.prompts.discard(attempt)
-        num_left = self._num_by_session.pop(attempt.session) - 1
-        if num_left:
-            self._num_by_session[attempt.session] = num_left
+        self.imports.pop(key, None)
+        self._of_session.remove(attempt.session, attempt)
         if importing:
             attempt.move_to(AttemptState.DRAINING_IMPORT)
             self.draining_imports[key] = attempt

@@ -70,7 +70,6 @@ class DecodeScheduler:
         self._roster = Roster(allocator, prefix_cache, self._limits, self._outbox)
         self._planner = StepPlanner(allocator, self._limits, self._roster)
         self._unapplied: deque[UnappliedStep] = deque()
-        self._importing: dict[AttemptKey, Attempt] = {}
         self._is_draining = False
 
     # What arrives.
@@ -113,13 +112,12 @@ class DecodeScheduler:
 
     def import_progressed(self, key: AttemptKey, now: float) -> None:
         """Renew the promise."""
-        if (attempt := self._importing.get(key)) is not None:
-            attempt.renewed_s = now
+        self._roster.renew_import(key, now)
 
     def imported(self, key: AttemptKey, first_tokens: SequenceOf[FirstToken], now: float) -> None:
         """All reads have ended well: choices may run, outputs are held back until `confirmed`."""
-        attempt = self._importing.pop(key, None)
-        if attempt is None or attempt.state is not AttemptState.IMPORTING:
+        attempt = self._roster.imports.pop(key, None)
+        if attempt is None:
             return
         attempt.reads_ended = True
         attempt.move_to(AttemptState.UNCONFIRMED)
@@ -156,14 +154,13 @@ class DecodeScheduler:
         ):
             sequences = attempt.open_sequences()
             self._roster.fail(sequences, FailureReason.LEASE_LOST, message, now)
-            self._importing.pop(key, None)
 
     def import_ended(self, key: AttemptKey) -> None:
         """Nothing writes to the destination blocks any more; harmless when said again."""
         draining = self._roster.draining_imports.get(key)
         if draining is not None:
             self._roster.end_import(draining)
-        elif (attempt := self._importing.get(key)) is not None:
+        elif (attempt := self._roster.imports.get(key)) is not None:
             attempt.reads_ended = True
 
     # What ends early.
@@ -177,8 +174,7 @@ class DecodeScheduler:
 
     def end_session(self, session: int, now: float) -> None:
         """The router is gone: cancel all its work and drop what was to be reported to it."""
-        mine = [a for a in self._roster.attempts.values() if a.session == session]
-        for attempt in mine:
+        for attempt in self._roster.attempts_of(session):
             self._roster.give_up(attempt.open_sequences(), now)
         self._outbox.drop_session(session)
 
@@ -189,18 +185,13 @@ class DecodeScheduler:
     def expire(self, now: float) -> None:
         """Fail promises whose prefill made no progress for promise_ttl_s (PROMISE_EXPIRED)."""
         ttl_s = self._limits.promise_ttl_s
-        for key, attempt in list(self._importing.items()):
-            if attempt.state is not AttemptState.IMPORTING:
-                del self._importing[key]
-            elif now - attempt.renewed_s > ttl_s:
-                del self._importing[key]
-                message = (
-                    f"prefill made no progress for {now - attempt.renewed_s:.1f} s, "
-                    f"decode.promise_ttl_s is {ttl_s}"
-                )
-                self._roster.fail(
-                    attempt.open_sequences(), FailureReason.PROMISE_EXPIRED, message, now
-                )
+        while (attempt := self._roster.oldest_import()) and now - attempt.renewed_s > ttl_s:
+            message = (
+                f"prefill made no progress for {now - attempt.renewed_s:.1f} s, "
+                f"decode.promise_ttl_s is {ttl_s}"
+            )
+            sequences = attempt.open_sequences()
+            self._roster.fail(sequences, FailureReason.PROMISE_EXPIRED, message, now)
 
     # Steps.
 
@@ -329,8 +320,6 @@ class DecodeScheduler:
             renewed_s=now,
         )
         self._roster.add(attempt)
-        if has_source:
-            self._importing[work.key] = attempt
         return Admitted(block_ids, num_cached)
 
     def _no_room(self, num_blocks: int, num_uncached: int, has_source: bool) -> str | None:
