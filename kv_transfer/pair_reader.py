@@ -1,4 +1,9 @@
-"""The reader's end of a `torch_distributed` pair: asks for blocks and receives them, in order."""
+"""The reader's end of a `torch_distributed` pair: asks for blocks and receives them, in order.
+
+A read's time begins when it is asked for, and again whenever the pair has ended another read: one
+that only waits for its turn does not grow old. A communicator that broke takes one read with it;
+those behind it are asked for again, under new numbers, and come over the next communicator.
+"""
 
 import logging
 import time
@@ -27,10 +32,14 @@ logger = logging.getLogger(__name__)
 class _Asked:
     """A read on its way; the answer is filled by the io thread. A probe's targets are scratch."""
 
-    seq: int
     read: PendingRead
     targets: Sequence[int]
+    lease_id: int
+    sources: tuple[int, ...]
     is_probe: bool
+    asked_s: float
+    seq: int = 0
+    """Of the last time that it was asked for."""
     answer: Go | No | None = None
     generation: int = 0
     """The communicator that a Go has named; 0 before that."""
@@ -53,12 +62,16 @@ class PairReader:
         self._pool = pool
         self._gate = WriteGate()
         self._backoff = ConnectBackoff(owner)  # guarded by `end.changed`
+        # As many as there are running reads, which the blocks that they write bound.
         self._asked: deque[_Asked] = deque()
+        self._progress_s = time.monotonic()
+        self._is_suspect = False
+        """Whether a read was late, and none has ended since."""
         self._last_seq = 0
         self._connected_generation = 0
 
     def read(self, lease_id: int, sources: Sequence[int], targets: Sequence[int]) -> PendingRead:
-        read = PendingRead(len(sources) * self._pool.layout.block_bytes, self.end.timeout_s)
+        read = PendingRead(len(sources) * self._pool.layout.block_bytes)
         fault = find_fault(
             sources,
             targets,
@@ -70,14 +83,14 @@ class PairReader:
         elif not sources:
             read.finish()
         else:
-            self._ask(read, tuple(targets), lease_id, tuple(sources))
+            self._begin(read, tuple(targets), lease_id, tuple(sources))
         return read
 
     def probe(self, num_bytes: int) -> PendingRead:
         block_bytes = self._pool.layout.block_bytes
         count = min(max(1, num_bytes // block_bytes), self._num_owner_blocks)
-        read = PendingRead(count * block_bytes, self.end.timeout_s)
-        self._ask(read, range(count), lease_id=0, sources=(), is_probe=True)
+        read = PendingRead(count * block_bytes)
+        self._begin(read, range(count), lease_id=0, sources=(), is_probe=True)
         return read
 
     def on_message(self, payload: bytes) -> None:
@@ -100,7 +113,7 @@ class PairReader:
         for one in asked:
             one.read.fail("the connection was closed")
 
-    def _ask(
+    def _begin(
         self,
         read: PendingRead,
         targets: Sequence[int],
@@ -108,21 +121,32 @@ class PairReader:
         sources: tuple[int, ...],
         is_probe: bool = False,
     ) -> None:
-        end = self.end
+        end, now = self.end, time.monotonic()
         with end.changed:
             if end.is_closing:
                 refusal = "the connection is closed"
-            elif (reason := self._backoff.refusal(time.monotonic())) is not None:
+            elif (reason := self._backoff.refusal(now)) is not None:
                 refusal = f"reading from {end.peer} is held back: {reason}"
             else:
-                self._last_seq += 1
-                self._asked.append(_Asked(self._last_seq, read, targets, is_probe))
-                # Within the lock, so that asks are sent in the order of their numbers.
-                end.send(Ask(self._last_seq, lease_id, read.num_bytes, is_probe, sources))
+                asked = _Asked(read, targets, lease_id, sources, is_probe, now)
+                self._asked.append(asked)
+                self._ask(asked)
                 end.changed.notify_all()
                 end.start(self._run)
                 return
         read.fail(refusal)
+
+    def _ask(self, asked: _Asked) -> None:
+        """Ask for a read, perhaps again. Called with `changed` held, so that asks are sent in the
+        order of their numbers.
+        """
+        self._last_seq += 1
+        asked.seq, asked.answer, asked.generation = self._last_seq, None, 0
+        num_bytes = asked.read.num_bytes
+        self.end.send(Ask(asked.seq, asked.lease_id, num_bytes, asked.is_probe, asked.sources))
+
+    def _deadline(self, asked: _Asked) -> float:
+        return max(asked.asked_s, self._progress_s) + self.end.timeout_s
 
     def _take_answer(self, answer: Go | No) -> None:
         end = self.end
@@ -159,7 +183,8 @@ class PairReader:
                 return None
             asked = self._asked[0]
             end.changed.wait_for(
-                lambda: asked.answer is not None or end.is_closing, asked.read.remaining_s
+                lambda: asked.answer is not None or end.is_closing,
+                self._deadline(asked) - time.monotonic(),
             )
             return None if end.is_closing else asked
 
@@ -173,7 +198,8 @@ class PairReader:
                 self._forget(asked)
                 asked.read.fail(f"{self.end.peer} refused the read: {reason}")
             case Go(_, generation):
-                communicator = self.end.communicator(generation, asked.read.deadline)
+                deadline = self._deadline(asked)
+                communicator = self.end.communicator(generation, deadline)
                 if communicator is None:
                     raise TransportError(f"communicator {generation} was given up")
                 with self.end.changed:
@@ -182,41 +208,49 @@ class PairReader:
                 blocks = self._pool.blocks
                 if asked.is_probe:
                     blocks = communicator.scratch(len(asked.targets))
-                communicator.receive_blocks(blocks, asked.targets, self._gate, asked.read.deadline)
+                communicator.receive_blocks(blocks, asked.targets, self._gate, deadline)
                 self._forget(asked)
                 asked.read.finish()
 
     def _give_up(self, asked: _Asked, error: str) -> None:
-        """Drop the communicator and fail the read; every other one too if the wire broke or pairs
-        cannot connect.
+        """Drop the communicator, fail the read and ask for the others again.
+
+        Others fail with it when pairs cannot connect, and when they are late too and nothing has
+        ended since the last late read: a pair that stands still gets one more try.
         """
-        end = self.end
+        end, now = self.end, time.monotonic()
+        failed, is_broken = [asked], True
         with end.changed:
-            # If the owner goes on, the communicator is dropped already, and may have a successor.
-            owner_goes_on = isinstance(asked.answer, No)
             if isinstance(asked.answer, No):
-                failed, error = [asked], asked.answer.reason
-            elif asked.read.remaining_s < 0.01:
-                failed = [asked]  # the others have time left
+                # The owner goes on: the communicator is dropped, and may have a successor.
+                error, is_broken = asked.answer.reason, False
+            elif self._is_late(asked, now):
                 error = f"not done within kv.read_timeout_s, {end.timeout_s} s ({error})"
-            else:
-                failed = list(self._asked)
+                if self._is_suspect:
+                    failed = [one for one in self._asked if self._is_late(one, now)]
+                self._is_suspect, self._progress_s = True, now
             if asked.generation > self._connected_generation and not end.is_closing:
-                now = time.monotonic()
                 self._backoff.failed(error, now)
                 if self._backoff.refusal(now) is not None:
-                    failed, owner_goes_on = list(self._asked), False
-            if not owner_goes_on:
+                    failed, is_broken = list(self._asked), True
+            self._asked = deque(one for one in self._asked if one not in failed)
+            if is_broken:
                 # The owner is told before the abort: until it lets go, it may write to what the
                 # abort frees.
-                if failed and not end.is_closing:
-                    end.send(Drop(failed[-1].seq))
+                if not end.is_closing:
+                    end.send(Drop(self._last_seq))
                 end.interrupt(error)
-            self._asked = deque(one for one in self._asked if one not in failed)
+                for one in self._asked:
+                    self._ask(one)
         for one in failed:
             one.read.fail(f"reading from {self.end.peer} failed: {error}")
 
+    def _is_late(self, asked: _Asked, now: float) -> bool:
+        return self._deadline(asked) < now + 0.01
+
     def _forget(self, asked: _Asked) -> None:
+        """Take out a read that has ended: the pair moves."""
         with self.end.changed:
+            self._progress_s, self._is_suspect = time.monotonic(), False
             if asked in self._asked:
                 self._asked.remove(asked)

@@ -17,9 +17,8 @@ class PendingRead:
     byte may race. Whoever ends it vouches that nothing writes to its target blocks any more.
     """
 
-    def __init__(self, num_bytes: int, timeout_s: float) -> None:
+    def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
-        self.deadline = time.monotonic() + timeout_s
         self._started_s = time.time()
         self._lock = threading.Lock()
         self._outcome: ReadOutcome | None = None
@@ -29,11 +28,6 @@ class PendingRead:
     def state(self) -> ReadState:
         outcome = self._outcome
         return ReadState.RUNNING if outcome is None else outcome.state
-
-    @property
-    def remaining_s(self) -> float:
-        """Seconds to the deadline, from this moment; negative after it."""
-        return self.deadline - time.monotonic()
 
     def add_done_callback(self, callback: Callable[[ReadOutcome], None]) -> None:
         with self._lock:

@@ -90,7 +90,7 @@ class SelectedConnection:
             self._measure()
         if self._refusal is None:
             return self._connection.read(lease_id, sources, targets)
-        read = PendingRead(0, 0.0)
+        read = PendingRead(0)
         read.fail(self._refusal)
         return read
 

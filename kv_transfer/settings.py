@@ -53,8 +53,9 @@ class KvSettings(BaseModel):
     read_timeout_s: float = Field(
         default=10.0,
         gt=0,
-        description="Seconds after which one read of blocks has failed. A read takes milliseconds; "
-        "a peer that is silent for this long is broken or stopped.",
+        description="Seconds that one read of blocks may take, not counting those before it on the "
+        "same connection. A read takes milliseconds; a peer that is silent for this long is broken "
+        "or stopped.",
     )
     listen_host: str = Field(
         default="127.0.0.1",

@@ -7,6 +7,7 @@ released. They are NumPy's: torch would start threads of its own under each thre
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -96,7 +97,7 @@ class ShmConnection:
 
     def read(self, lease_id: int, sources: Sequence[int], targets: Sequence[int]) -> PendingRead:
         pool = self._transport.pool
-        read = PendingRead(len(sources) * pool.layout.block_bytes, self._transport.read_timeout_s)
+        read = PendingRead(len(sources) * pool.layout.block_bytes)
         fault = find_fault(
             sources,
             targets,
@@ -112,7 +113,7 @@ class ShmConnection:
     def probe(self, num_bytes: int) -> PendingRead:
         block_bytes = self._transport.pool.layout.block_bytes
         count = min(max(1, num_bytes // block_bytes), self._num_source_blocks)
-        read = PendingRead(count * block_bytes, self._transport.read_timeout_s)
+        read = PendingRead(count * block_bytes)
         ids = range(count)
         scratch = np.empty((count, block_bytes), np.uint8)
         self._start(read, list(block_runs(ids, ids, self._max_blocks)), scratch)
@@ -159,10 +160,12 @@ class ShmConnection:
         block_bytes = targets.shape[1]
         sources = self._memory.array[: self._num_source_blocks * block_bytes]
         sources = sources.reshape(self._num_source_blocks, block_bytes)
+        # From here on: a copy that waits for others of this worker does not grow old.
+        deadline = time.monotonic() + self._transport.read_timeout_s
         for source, target, count in runs:
             if self._closing:
                 return "the connection was closed"
-            if read.remaining_s < 0:
+            if time.monotonic() > deadline:
                 return (
                     f"{read.num_bytes} bytes were not copied within kv.read_timeout_s, "
                     f"{self._transport.read_timeout_s} s"

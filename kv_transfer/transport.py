@@ -76,8 +76,8 @@ class Connection(Protocol):
     def read(self, lease_id: int, sources: Sequence[int], targets: Sequence[int]) -> ReadHandle:
         """Start to copy the owner's blocks `sources` into the reader's blocks `targets`, whole.
 
-        Never blocks and never raises for a fault of the peer: the handle FAILS, at the latest after
-        the transport's time-out.
+        Never blocks and never raises for a fault of the peer: the handle FAILS, at the latest when
+        the connection has ended no read for twice the transport's time-out.
         """
 
     def probe(self, num_bytes: int) -> ReadHandle:

@@ -274,7 +274,7 @@ class SimConnection:
         self.is_closed = False
 
     def read(self, lease_id: int, sources: Sequence[int], targets: Sequence[int]) -> PendingRead:
-        handle = PendingRead(len(sources), 10.0)
+        handle = PendingRead(len(sources))
         if self.is_closed:
             handle.fail("closed")
         else:

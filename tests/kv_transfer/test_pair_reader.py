@@ -1,6 +1,7 @@
 """What the reader's end says to its owner, and in what order, over communicators of the test's."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -19,12 +20,16 @@ from paceline.kv_transfer.transport import LocalPool, ReadState
 class FakeOwner:
     """Says Go to every ask, over communicators of its own; keeps a log of what came in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = 5.0) -> None:
         self.log: list[PairMessage | str] = []
         self.connect_error: str | None = None
         self.num_connects = 0
         self.before_connect: Callable[[], object] = lambda: None
         self.is_stuck = False
+        self.is_silent = False
+        self.receive: Callable[[int, float], object] = lambda number, deadline: None
+        """Called for each receive, numbered from 1."""
+        self.num_receives = 0
         self.no: str | None = None
         """What it says right after each Go."""
         self._generation = 1
@@ -33,14 +38,14 @@ class FakeOwner:
         )
         blocks = torch.zeros((8, layout.block_bytes), dtype=torch.uint8)
         pool = LocalPool("reader-0", 1, layout, 8, blocks)
-        self.reader = PairReader("owner-0.1", 8, pool, self, self, 5.0)
+        self.reader = PairReader("owner-0.1", 8, pool, self, self, timeout_s)
 
     def send(self, payload: bytes) -> None:
         message = decode(payload)
         self.log.append(message)
         if isinstance(message, Drop):
             self._generation += 1
-        elif isinstance(message, Ask):
+        elif isinstance(message, Ask) and not self.is_silent:
             # As the io thread: not within the reader's call.
             threading.Thread(target=self._answer, args=(message.seq,), daemon=True).start()
 
@@ -78,6 +83,8 @@ class FakeCommunicator:
     def receive_blocks(
         self, blocks: torch.Tensor, ids: Sequence[int], gate: WriteGate, deadline: float
     ) -> None:
+        self._owner.num_receives += 1
+        self._owner.receive(self._owner.num_receives, deadline)
         if not self._owner.is_stuck:
             return
         self._owner.log.append("stuck")
@@ -159,4 +166,62 @@ def test_transfers_that_fail_are_not_taken_for_failed_connects() -> None:
     outcomes = [wait_ended(owner.reader.read(LEASE, [1], [2])) for _ in range(5)]
     assert {outcome.state for outcome in outcomes} == {ReadState.FAILED}
     assert owner.num_connects == 5
+    owner.close()
+
+
+def fail_first(number: int, deadline: float) -> None:
+    if number == 1:
+        raise TransportError("connection reset by peer")
+
+
+def late_first(number: int, deadline: float) -> None:
+    if number == 1:
+        threading.Event().wait(deadline - time.monotonic())
+        raise TransportError("a transfer has not ended")
+
+
+def receive_slowly(number: int, deadline: float) -> None:
+    threading.Event().wait(0.15)
+    if time.monotonic() > deadline:
+        raise TransportError("a transfer has not ended")
+
+
+@pytest.mark.parametrize("receive", [fail_first, late_first])
+def test_a_read_that_breaks_the_communicator_does_not_cost_those_behind_it(
+    receive: Callable[[int, float], None],
+) -> None:
+    owner = FakeOwner(timeout_s=0.3)
+    owner.receive = receive
+    connecting = threading.Event()
+    owner.before_connect = connecting.wait
+    reads = [owner.reader.read(LEASE, [1], [2]) for _ in range(4)]
+    connecting.set()
+    states = [wait_ended(read).state for read in reads]
+    assert states == [ReadState.FAILED] + [ReadState.DONE] * 3
+    assert owner.num_connects == 2
+    asked = [m.seq for m in owner.log if isinstance(m, Ask)]
+    assert asked == [1, 2, 3, 4, 5, 6, 7], "those behind it are asked for again after the drop"
+    assert owner.log.index(Drop(4)) == 4 + owner.log[:4].count("abort")
+    owner.close()
+
+
+def test_the_time_that_a_read_waits_for_those_before_it_does_not_count() -> None:
+    owner = FakeOwner(timeout_s=0.3)
+    owner.receive = receive_slowly
+    reads = [owner.reader.read(LEASE, [1], [2]) for _ in range(5)]
+    outcomes = [wait_ended(read) for read in reads]
+    assert {outcome.state for outcome in outcomes} == {ReadState.DONE}
+    assert outcomes[-1].ended_s - outcomes[-1].started_s > 2 * 0.3
+    owner.close()
+
+
+def test_an_owner_that_says_nothing_fails_every_read_within_two_tries() -> None:
+    owner = FakeOwner(timeout_s=0.2)
+    owner.is_silent = True
+    reads = [owner.reader.read(LEASE, [1], [2]) for _ in range(20)]
+    outcomes = [wait_ended(read) for read in reads]
+    times_s = [outcome.ended_s - outcome.started_s for outcome in outcomes]
+    assert 0.15 < times_s[0] < 0.35
+    assert max(times_s) < 0.6
+    assert all("kv.read_timeout_s" in outcome.error for outcome in outcomes)
     owner.close()

@@ -7,7 +7,7 @@ from paceline.kv_transfer.transport import ReadOutcome, ReadState
 
 
 def test_the_first_end_counts() -> None:
-    read = PendingRead(10, 1.0)
+    read = PendingRead(10)
     outcomes: list[ReadOutcome] = []
     read.add_done_callback(outcomes.append)
     assert read.state is ReadState.RUNNING
@@ -20,7 +20,7 @@ def test_the_first_end_counts() -> None:
 def test_a_callback_that_raises_is_logged_and_keeps_nobody_from_hearing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    read = PendingRead(10, 1.0)
+    read = PendingRead(10)
     outcomes: list[ReadOutcome] = []
 
     def fail(outcome: ReadOutcome) -> None:

@@ -134,11 +134,11 @@ class ProbedConnection:
         self.probes: list[PendingRead] = []
 
     def probe(self, num_bytes: int) -> PendingRead:
-        self.probes.append(PendingRead(num_bytes, 10.0))
+        self.probes.append(PendingRead(num_bytes))
         return self.probes[-1]
 
     def read(self, lease_id: int, sources: Sequence[int], targets: Sequence[int]) -> PendingRead:
-        read = PendingRead(1, 10.0)
+        read = PendingRead(1)
         read.finish()
         return read
 

@@ -309,14 +309,16 @@ def test_a_stopped_owner_fails_reads_at_the_time_out_and_serves_again_after(kind
         # The signal has not stopped every thread of a busy host's process when `kill` returns.
         wait_until(lambda: has_stopped(pair.owner.pid))
         handles = [pair.link.connection.read(LEASE, [1], [number]) for number in range(3)]
-        outcomes = [wait_ended(handle, timeout_s + 1.4) for handle in handles]
+        outcomes = [wait_ended(handle, 2 * timeout_s + 1.4) for handle in handles]
     finally:
         os.kill(pair.owner.pid, signal.SIGCONT)
     expected = ReadState.DONE if kind is SHM else ReadState.FAILED
     assert {outcome.state for outcome in outcomes} == {expected}
     if expected is ReadState.FAILED:
-        for outcome in outcomes:
-            assert timeout_s - 0.1 < outcome.ended_s - outcome.started_s < timeout_s + 0.4
+        # The first takes the communicator with it; the others get one more try.
+        for outcome, num_tries in zip(outcomes, (1, 2, 2), strict=True):
+            time_s = outcome.ended_s - outcome.started_s
+            assert num_tries * timeout_s - 0.1 < time_s < num_tries * timeout_s + 0.4
         assert "kv.read_timeout_s" in outcomes[0].error
     wait_until(lambda: pair.read([5], [6]).state is ReadState.DONE)
     assert torch.equal(reader.read_back()[6], pair.expected()[5])
@@ -335,7 +337,7 @@ def test_a_death_that_no_session_tells_of_fails_the_read_at_the_time_out(kind: K
     pair = Pair(kind, reader=reader, block_kib=MIB_BLOCKS, is_deaf=True)
     handles = begin_reads(pair, 2)
     pair.owner.kill()
-    outcomes = [wait_ended(handle, timeout_s + 1.0) for handle in handles]
+    outcomes = [wait_ended(handle, 2 * timeout_s + 1.0) for handle in handles]
     assert outcomes[-1].state is ReadState.FAILED
     assert "kv.read_timeout_s" in outcomes[-1].error
     pair.close()
