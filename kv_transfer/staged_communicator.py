@@ -36,7 +36,8 @@ NUM_STAGING = 2
 # The first looks find what a fast link moves in tens of microseconds; a slow one costs the GIL less
 # than 1 % of its time.
 MIN_PAUSE_S, MAX_PAUSE_S = 20e-6, 500e-6
-COPY_TIMEOUT_S = 60.0
+# A copy within the GPU takes well under a millisecond, behind the engine's kernels some more.
+LONG_COPY_S = 10.0
 # A launch takes some 50 µs. One that has not returned after this hangs in the library, and only the
 # abort can end it.
 LAUNCH_TIMEOUT_S = 1.0
@@ -127,10 +128,7 @@ class StagedCommunicator:
             self.wait(coming.popleft(), deadline)
             buffer = number % NUM_STAGING
             with gate:
-                # Whatever else happens: the gate says that nothing writes any more.
-                copy_deadline = time.monotonic() + COPY_TIMEOUT_S
-                copy = self._wire.scatter(buffer, blocks, piece)
-                poll(copy, copy_deadline, "a copy within the GPU", lambda: False)
+                wait_for_copy(self._wire.scatter(buffer, blocks, piece))
             if number + NUM_STAGING < len(pieces):
                 next_length = len(pieces[number + NUM_STAGING])
                 coming.append(self._launch(partial(self._wire.receive, next_length, buffer)))
@@ -172,6 +170,24 @@ class StagedCommunicator:
         self._raise_if_aborted()
         uploaded, size = self._wire.upload(ids), self._wire.num_blocks
         return [uploaded[start : start + size] for start in range(0, len(ids), size)]
+
+
+def wait_for_copy(copy: Transfer) -> None:
+    """Return when the copy has ended; raise RuntimeError when the device is broken.
+
+    Without a deadline, alone in this package: until the copy has ended it may write to its blocks,
+    and returning says that they may be used again. A device on which a copy does not end computes
+    no steps either; the controller replaces a worker whose steps stand still.
+    """
+    started_s = time.monotonic()
+    while True:
+        try:
+            poll(copy, time.monotonic() + LONG_COPY_S, "a copy within the GPU", lambda: False)
+        except TransportError:
+            waited_s = time.monotonic() - started_s
+            logger.error("event=kv_copy_hangs waited_s=%.1f its_blocks=held", waited_s)
+        else:
+            return
 
 
 def poll(transfer: Transfer, deadline: float, name: str, is_given_up: Callable[[], bool]) -> None:

@@ -193,3 +193,25 @@ def test_a_launch_that_hangs_is_aborted_after_a_while(
     assert "event=kv_launch_hangs" in caplog.text
     wire.launch_may_return.set()
     call.join()
+
+
+def test_blocks_are_not_given_back_while_a_scatter_may_still_write_to_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("paceline.kv_transfer.staged_communicator.LONG_COPY_S", 0.02)
+    communicator, wire = make_communicator("scatter")
+    call = receive(communicator, 2, timeout_s=0.1)
+    wait_until(lambda: caplog.text.count("event=kv_copy_hangs") >= 10)
+    assert call.is_running
+    wire.let("scatter 0 to [0, 1]")
+    call.join()
+    assert call.error is None
+
+
+def test_a_broken_device_ends_the_wait_for_a_scatter() -> None:
+    communicator, wire = make_communicator("scatter")
+    call = receive(communicator, 2)
+    wait_until(lambda: "scatter 0 to [0, 1]" in wire.log)
+    wire.launched["scatter 0 to [0, 1]"].error = RuntimeError("CUDA error: an illegal access")
+    call.join()
+    assert_failed(call, "illegal access")
