@@ -1,6 +1,7 @@
 """A request between its arrival and its end: journal, attempts, and what it has been through.
 Pure."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -41,6 +42,8 @@ class ActiveRequest:
     """Seconds by the router's clock, as all times here but those of `spans`."""
     max_tokens_is_default: bool = False
     """Whether its first dispatch may lower max_tokens to what the workers' pools can hold."""
+    deadline_s: float = math.inf
+    """When its client no longer wants an answer."""
     listener: Callable[[], None] = field(default=_nobody)
     """Called when there is output to take, or the request has ended."""
 
@@ -56,6 +59,8 @@ class ActiveRequest:
     num_resumed: int = field(default=0, init=False)
     cached_tokens: int | None = field(default=None, init=False)
     """As the first worker to compute its prompt said."""
+    tokens_until_first: int = 0
+    """Tokens that the first worker to compute its prompt had to compute until its end."""
     first_dispatch_s: float | None = field(default=None, init=False)
     first_token_s: float | None = field(default=None, init=False)
     last_token_s: float | None = field(default=None, init=False)

@@ -18,6 +18,7 @@ from paceline.errors import (
 from paceline.request import AttemptKey, FailureReason, FinishReason, Span, Work
 from paceline.router.active_request import ActiveRequest, WaitingWork
 from paceline.router.attempt import Attempt, AttemptEvent, AttemptState
+from paceline.router.deadlines import Ahead, Deadlines
 from paceline.router.journal import ChoiceJournal, Logprobs
 from paceline.router.placement import Pair, Placement, WorkerLoad, WorkerMember, WorkerView
 from paceline.router.queue import WaitingQueue
@@ -76,6 +77,7 @@ class Dispatcher:
         self._commands = commands
         self.placement = Placement(RouteHealth(settings.first_rest_s, settings.max_rest_s))
         self.queue: WaitingQueue[WaitingWork] = WaitingQueue(settings.max_queue_requests)
+        self._deadlines = Deadlines()
         self._suspects = Suspects()
         self.requests: dict[str, ActiveRequest] = {}
         """Not yet ended, by wire_id."""
@@ -91,13 +93,18 @@ class Dispatcher:
     # Clients.
 
     def submit(self, request: ActiveRequest, now: float) -> None:
-        """Take a new request; raises QueueFullError, or InvalidRequestError if it fits no pool."""
+        """Take a new request; raises InvalidRequestError if it fits no pool, and OverloadedError if
+        the queue is full or too long for its deadline."""
         error = too_large(request, self.placement.pools)
         if error is not None:
             raise error
+        tenant = request.journal.tenant
+        self.queue.check_room()
+        ahead = Ahead(self.queue.num_ahead(tenant), len(self.queue))
+        self._deadlines.take(request, ahead, now)
         choices = tuple(range(len(request.journal.choices)))
         work = WaitingWork(request, choices)
-        self.queue.push_new(work, request.journal.tenant)
+        self.queue.push_new(work, tenant)
         request.waiting.append(work)
         self.requests[request.wire_id] = request
         self.dispatch(now)
@@ -126,6 +133,7 @@ class Dispatcher:
 
     def worker_joined(self, worker: WorkerView, now: float) -> None:
         self.placement.add(worker)
+        self._deadlines.workers_changed()
         self.dispatch(now)
 
     def worker_lost(self, worker_id: str, now: float, *, is_planned: bool = False) -> None:
@@ -133,6 +141,7 @@ class Dispatcher:
         worker = self.placement.remove(worker_id)
         if worker is None:
             return
+        self._deadlines.workers_changed()
         is_planned = is_planned or worker.load.draining
         incarnation = Incarnation(worker_id, worker.member.incarnation)
         needing = [
@@ -226,6 +235,7 @@ class Dispatcher:
         for request in touched:
             if request.first_token_s is None:
                 request.first_token_s = now
+                self._deadlines.first_token(request, now)
             request.last_token_s = now
             if not request.attempts and not request.waiting and request.journal.is_finished:
                 self._end(request, now)
@@ -274,14 +284,22 @@ class Dispatcher:
             if pair is None:
                 error = too_large_to_go_on(work, pools)
                 if error is None:
+                    self._deadlines.queue_waits(now)
                     return
                 self._fail(request, error, now)
                 continue
+            pending_tokens = pair.num_pending_tokens
+            late = self._deadlines.why_too_late(work, pending_tokens, need.num_tokens, now)
+            if late is not None:
+                self._fail(request, late, now)
+                continue
+            self._deadlines.sent(work, pending_tokens, need.num_tokens, now)
             self.queue.pop(now)
             request.waiting.remove(work)
             fix_max_tokens(request, pools)
             self.placement.dispatch(pair, need)
             self._send(work, pair, now)
+        self._deadlines.queue_is_empty()
 
     def next_timer_s(self, now: float) -> float | None:
         """Return when `dispatch` should be called though nothing happens; None: never."""
@@ -503,6 +521,7 @@ class Dispatcher:
 
     def _end(self, request: ActiveRequest, now: float) -> None:
         request.ended_s = now
+        self._deadlines.ended(request, now)
         del self.requests[request.wire_id]
         request.listener()
 

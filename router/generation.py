@@ -148,11 +148,11 @@ class Generation:
         workers'."""
         return self._owner.timeline(self._request)
 
-    def start_deadline(self, timeout_s: float, limit: str) -> None:
-        """End the request when it is not done within `timeout_s` of its arrival."""
+    def start_deadline(self, limit: str) -> None:
+        """End the request when it is not done by its deadline; `limit` names what set it."""
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_at(
-            self._request.arrived_s + timeout_s, self._owner.expire, self._request, limit
+            self._request.deadline_s, self._owner.expire, self._request, limit
         )
 
     def fail(self, error: PacelineError) -> None:
@@ -208,10 +208,10 @@ class Generations:
                 f"the prompt was not tokenized in time; the limit was {limit}. Allow more time or "
                 "send less text"
             ) from error
-        request = self._new_request(call, prompt, number, arrived_s)
+        request = self._new_request(call, prompt, number, arrived_s, arrived_s + timeout_s)
         generation = Generation(request, self)
         self._dispatcher.submit(request, self._now())
-        generation.start_deadline(timeout_s, limit)
+        generation.start_deadline(limit)
         self._on_change()
         return generation
 
@@ -307,7 +307,12 @@ class Generations:
         return token_ids
 
     def _new_request(
-        self, call: GenerationCall, prompt: Sequence[int], number: int, arrived_s: float
+        self,
+        call: GenerationCall,
+        prompt: Sequence[int],
+        number: int,
+        arrived_s: float,
+        deadline_s: float,
     ) -> ActiveRequest:
         sampling = with_special_stops(call.sampling, self._special_tokens)
         no_limit = sampling.max_tokens is None
@@ -339,6 +344,7 @@ class Generations:
             journal,
             arrived_s,
             max_tokens_is_default=no_limit,
+            deadline_s=deadline_s,
         )
 
     @staticmethod

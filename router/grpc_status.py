@@ -8,7 +8,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
-from paceline.errors import InvalidRequestError, PacelineError, QueueFullError, clip
+from paceline.errors import InvalidRequestError, OverloadedError, PacelineError, clip
 
 # Statuses travel in HTTP/2 trailers, of which clients accept 8 KiB.
 _MAX_MESSAGE_CHARS = 2000
@@ -40,7 +40,7 @@ def _details(error: PacelineError) -> Iterator[Message]:
                 for violation in error.violations
             ]
         )
-    if isinstance(error, QueueFullError):
+    if isinstance(error, OverloadedError):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         yield error_details_pb2.RetryInfo(retry_delay=delay)

@@ -124,6 +124,11 @@ class Pair(NamedTuple):
         return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
 
     @property
+    def num_pending_tokens(self) -> int:
+        """Tokens that wait where the prompt would be computed."""
+        return (self.prefill or self.decode).num_pending_tokens
+
+    @property
     def num_without_token(self) -> int:
         return sum(len(worker.without_token) for worker in self.views)
 

@@ -53,6 +53,14 @@ class WaitingQueue(Generic[T]):
         """Waiting requests that have never run."""
         return self._num_new
 
+    def num_ahead(self, tenant: str) -> int:
+        """Return how many leave, at most, before the next new work of a tenant: tenants take
+        turns."""
+        line = self._lines.get(tenant)
+        num_lines = len(self._lines) + (line is None)
+        num_new = min(self._num_new, (len(line or ()) + 1) * num_lines - 1)
+        return len(self) - self._num_new + num_new
+
     def check_room(self) -> None:
         """Raise QueueFullError if no new work may join."""
         if self._num_new >= self._max_new:

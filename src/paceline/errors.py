@@ -7,7 +7,8 @@
     ├── RequestError              this request cannot be served as it was sent
     │   ├── InvalidRequestError   a field is wrong; `violations` names each one
     │   ├── ModelNotFoundError    the request names a model that is not served
-    │   ├── QueueFullError        the queue is full; `retry_after_s` says when to come back
+    │   ├── OverloadedError       too much to do for this request; `retry_after_s`: come back then
+    │   │   └── QueueFullError    the queue is full
     │   ├── DeadlineExceededError the deadline passed before the last token
     │   └── CancelledError        the client went away
     ├── UnavailableError          no worker can serve now (starting, draining, stopped)
@@ -95,8 +96,8 @@ class ModelNotFoundError(RequestError):
     http_status = 404
 
 
-class QueueFullError(RequestError):
-    """The router's queue is at its bound."""
+class OverloadedError(RequestError):
+    """The router has more to do than it can for this request; it has not been taken."""
 
     grpc_code = "RESOURCE_EXHAUSTED"
     http_status = 429
@@ -104,6 +105,10 @@ class QueueFullError(RequestError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QueueFullError(OverloadedError):
+    """The router's queue is at its bound."""
 
 
 class DeadlineExceededError(RequestError):
