@@ -36,9 +36,9 @@ from paceline.bench.simulated_workers import (
 )
 from paceline.grpc_options import CLIENT_CHANNEL
 from paceline.router.model import ServedModel
-from paceline.router.placement import WorkerMember
 from paceline.router.server import Router
 from paceline.router.settings import RouterSettings
+from paceline.router.worker_view import WorkerMember
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 
 PROMPT_TOKENS = 256

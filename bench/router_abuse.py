@@ -27,9 +27,9 @@ from paceline.bench.environment import write_result
 from paceline.bench.router_throughput import make_request, run_worker, write_tokenizer
 from paceline.grpc_options import INTERNAL_CHANNEL
 from paceline.router.model import ServedModel
-from paceline.router.placement import Role, WorkerMember
 from paceline.router.server import Router
 from paceline.router.settings import RouterSettings
+from paceline.router.worker_view import Role, WorkerMember
 from paceline.v1 import inference_pb2 as pb
 from paceline.v1 import inference_pb2_grpc
 

@@ -30,9 +30,9 @@ from paceline.grpc_options import CLIENT_CHANNEL
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
 from paceline.router.capacity import UNLIMITED_LOCAL_PREFILL
 from paceline.router.model import ServedModel
-from paceline.router.placement import Role, WorkerMember
 from paceline.router.server import Router
 from paceline.router.settings import RouterSettings
+from paceline.router.worker_view import Role, WorkerMember
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 from paceline.wire import pack_uint32
 

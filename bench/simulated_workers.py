@@ -11,7 +11,7 @@ import grpc
 
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
 from paceline.request import num_blocks_for, num_blocks_promised
-from paceline.router.placement import Role, WorkerMember
+from paceline.router.worker_view import Role, WorkerMember
 from paceline.v1 import inference_pb2
 from paceline.wire import pack_uint32
 

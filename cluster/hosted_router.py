@@ -10,9 +10,9 @@ from paceline.engine.model_config import read_model_config
 from paceline.engine.model_source import prepare_model
 from paceline.errors import ConfigError
 from paceline.router.model import ServedModel
-from paceline.router.placement import Role as PoolRole
-from paceline.router.placement import WorkerMember
 from paceline.router.server import Router
+from paceline.router.worker_view import Role as PoolRole
+from paceline.router.worker_view import WorkerMember
 
 
 class HostedRouter:

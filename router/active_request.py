@@ -50,7 +50,8 @@ class ActiveRequest:
     error: PacelineError | None = field(default=None, init=False)
     """Why it ended before its last token."""
     attempts: dict[AttemptKey, Attempt] = field(default_factory=dict, init=False)
-    waiting: list[WaitingWork] = field(default_factory=list, init=False)
+    waiting: dict[WaitingWork, None] = field(default_factory=dict, init=False)
+    """A set in order of arrival."""
     num_attempts: int = field(default=0, init=False)
     prompt_attempt: int = field(default=0, init=False)
     """Number of the attempt that gives, or gave, the first token."""

@@ -74,6 +74,14 @@ class Attempt:
             )
         self.state = state
 
+    def decode_token(self, index: int) -> None:
+        """Note the index of a token of the decode worker, until one is its own."""
+        if self.state is not AttemptState.DECODING:
+            self.move(AttemptEvent.DECODE_TOKEN)
+        if index >= self.first_own_index:
+            self.has_own_token = True
+            self.setbacks = Setbacks()
+
     @property
     def route(self) -> tuple[str, ...]:
         """The workers that it was sent to."""

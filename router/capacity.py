@@ -1,6 +1,7 @@
 """What could ever run where, by the size of the workers alone; how busy they are does not matter
 here. Pure."""
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -67,8 +68,57 @@ class WorkerPool:
         """Whether a decode worker with this setting may compute the context itself."""
         return need.num_tokens <= self.local_prefill_tokens
 
+    def covers(self, other: "WorkerPool") -> bool:
+        """Whether it can run all that another can."""
+        return (
+            self.block_tokens == other.block_tokens
+            and self.num_blocks >= other.num_blocks
+            and self.max_num_seqs >= other.max_num_seqs
+            and self.local_prefill_tokens >= other.local_prefill_tokens
+        )
+
     def _holds(self, need: Need, num_blocks: int) -> bool:
         return num_blocks <= self.num_blocks and need.num_choices <= self.max_num_seqs
+
+
+class PoolSizes:
+    """Sizes of workers by name, and the largest of them.
+
+    What none of the largest can run nobody can, so that a question costs the same however many
+    workers there are. They are found anew after a change, once and among the different sizes.
+    """
+
+    def __init__(self) -> None:
+        self._pools: dict[str, WorkerPool] = {}
+        self._counts: Counter[WorkerPool] = Counter()
+        self._largest: tuple[WorkerPool, ...] | None = None
+
+    def put(self, worker_id: str, pool: WorkerPool) -> None:
+        if self._pools.get(worker_id) != pool:
+            self.discard(worker_id)
+            self._pools[worker_id] = pool
+            self._counts[pool] += 1
+            self._largest = None if self._counts[pool] == 1 else self._largest
+
+    def discard(self, worker_id: str) -> None:
+        pool = self._pools.pop(worker_id, None)
+        if pool is not None:
+            self._counts[pool] -= 1
+            if not self._counts[pool]:
+                del self._counts[pool]
+                self._largest = None
+
+    @property
+    def largest(self) -> tuple[WorkerPool, ...]:
+        """Those that no other exceeds in every respect."""
+        if self._largest is None:
+            largest: list[WorkerPool] = []
+            for pool in sorted(self._counts, key=lambda pool: pool.num_blocks, reverse=True):
+                if not any(other.covers(pool) for other in largest):
+                    largest = [other for other in largest if not pool.covers(other)]
+                    largest.append(pool)
+            self._largest = tuple(largest)
+        return self._largest
 
 
 class KnownPools:
@@ -76,35 +126,36 @@ class KnownPools:
     whose replacements are expected to be like them."""
 
     def __init__(self) -> None:
-        self.prefill: dict[str, WorkerPool] = {}
-        self.decode: dict[str, WorkerPool] = {}
+        self.prefill = PoolSizes()
+        self.decode = PoolSizes()
 
     def forget(self, worker_id: str) -> None:
         """Note that nobody is expected under this name."""
-        self.prefill.pop(worker_id, None)
-        self.decode.pop(worker_id, None)
+        self.prefill.discard(worker_id)
+        self.decode.discard(worker_id)
 
     def why_too_large(self, need: Need) -> str | None:
         """Say why nobody could ever take work; None: someone could, or nobody is known yet."""
-        if not self.decode:
+        prefill, decode = self.prefill.largest, self.decode.largest
+        if not decode:
             return None  # for all that is known, decode workers may compute prompts themselves
-        decoders = [pool for pool in self.decode.values() if pool.could_decode(need)]
+        decoders = [pool for pool in decode if pool.could_decode(need)]
         if not decoders:
-            return _shortage("decode", self.decode.values(), need, WorkerPool.least_decode_blocks)
-        if any(pool.computes_alone(need) for pool in decoders) or not self.prefill:
+            return _shortage("decode", decode, need, WorkerPool.least_decode_blocks)
+        if any(pool.computes_alone(need) for pool in decoders) or not prefill:
             return None
-        if any(pool.could_prefill(need) for pool in self.prefill.values()):
+        if any(pool.could_prefill(need) for pool in prefill):
             return None
-        return _shortage("prefill", self.prefill.values(), need, WorkerPool.least_prefill_blocks)
+        return _shortage("prefill", prefill, need, WorkerPool.least_prefill_blocks)
 
     def max_context_tokens(self) -> int | None:
         """Return the length of the longest context with which a choice could start or resume; None
         while no decode worker is known."""
         computed_elsewhere = max(
-            (pool.num_blocks * pool.block_tokens for pool in self.prefill.values()), default=None
+            (pool.num_blocks * pool.block_tokens for pool in self.prefill.largest), default=None
         )
         longest: int | None = None
-        for pool in self.decode.values():
+        for pool in self.decode.largest:
             length = (pool.num_blocks - 1) * pool.block_tokens  # beside a block to grow
             if computed_elsewhere is not None:
                 length = min(length, max(computed_elsewhere, pool.local_prefill_tokens))

@@ -7,20 +7,19 @@ and so are dropped.
 """
 
 import logging
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 from paceline.errors import (
     DeadlineExceededError,
     PacelineError,
     RequestFailedError,
 )
-from paceline.request import AttemptKey, FailureReason, FinishReason, Span, Work
+from paceline.request import AttemptKey, FailureReason, Span
 from paceline.router.active_request import ActiveRequest, WaitingWork
 from paceline.router.attempt import Attempt, AttemptEvent, AttemptState
 from paceline.router.deadlines import Ahead, Deadlines
-from paceline.router.journal import ChoiceJournal, Logprobs
-from paceline.router.placement import Pair, Placement, WorkerLoad, WorkerMember, WorkerView
+from paceline.router.placement import Placement
 from paceline.router.queue import WaitingQueue
 from paceline.router.request_size import (
     fix_max_tokens,
@@ -29,61 +28,52 @@ from paceline.router.request_size import (
     too_large_to_go_on,
 )
 from paceline.router.route_health import RouteHealth
+from paceline.router.running_work import RunningAttempt, RunningStream, RunningWork
 from paceline.router.setbacks import Incarnation, Setbacks
 from paceline.router.settings import RouterSettings
 from paceline.router.suspects import Suspects
+from paceline.router.worker_messages import TokenColumns, WorkerCommands
+from paceline.router.worker_view import WorkerLoad, WorkerView
 
 logger = logging.getLogger(__name__)
 
-_STREAM_IDS = 2**32
+_MAX_COST = 256
+"""Choices that one event may send or put back; the rest follows in the next turns of the event
+loop. A choice takes up to 50 us."""
+
+_TOKENS_OF_A_CHOICE = 512
+"""Tokens that take as long to send as a choice does."""
 
 
-class TokenColumns(NamedTuple):
-    """New tokens of one step: element i of the first three belongs to token i."""
-
-    stream_ids: Sequence[int]
-    indices: Sequence[int]
-    token_ids: Sequence[int]
-    finished: Sequence[tuple[int, FinishReason]] = ()
-    """(stream id, why) of choices that ended with their last token here."""
-    logprobs: dict[int, Logprobs] | None = None
-    """By position in the columns."""
-
-
-class WorkerCommands(Protocol):
-    """What the dispatcher tells workers; nothing here may call back into it."""
-
-    def prefill(self, worker_id: str, work: Work, reader: WorkerMember) -> None:
-        """Have a prefill worker compute work and lease its KV to `reader`."""
-
-    def admit(self, worker_id: str, work: Work, source: WorkerMember | None) -> None:
-        """Have a decode worker run work, from KV leased by `source` or from its own prefill."""
-
-    def cancel(self, worker_id: str, key: AttemptKey, choices: tuple[int, ...]) -> None:
-        """Have a worker give up choices of an attempt; all of them if `choices` is empty."""
-
-
-class _Stream(NamedTuple):
-    request: ActiveRequest
-    attempt: Attempt
-    choice: ChoiceJournal
+def _nobody() -> None:
+    pass
 
 
 class Dispatcher:
     """The state of all requests of one router."""
 
-    def __init__(self, settings: RouterSettings, commands: WorkerCommands) -> None:
+    def __init__(
+        self,
+        settings: RouterSettings,
+        commands: WorkerCommands,
+        on_behind: Callable[[], None] = _nobody,
+    ) -> None:
+        """`on_behind` is called when work is left for the next turn of the event loop, in which
+        `dispatch` must be called."""
         self._settings = settings
-        self._commands = commands
+        self._on_behind = on_behind
         self.placement = Placement(RouteHealth(settings.first_rest_s, settings.max_rest_s))
         self.queue: WaitingQueue[WaitingWork] = WaitingQueue(settings.max_queue_requests)
         self._deadlines = Deadlines()
         self._suspects = Suspects()
         self.requests: dict[str, ActiveRequest] = {}
         """Not yet ended, by wire_id."""
-        self._streams: dict[int, _Stream] = {}
-        self._attempts: dict[AttemptKey, tuple[ActiveRequest, Attempt]] = {}
-        self._last_stream_id = 0
+        self.running = RunningWork(self.placement, self._suspects, commands)
+        self._returning: deque[Iterator[int]] = deque()
+        """Work that workers gave back or lost, and that is not in the queue yet: each step puts
+        some of it back and yields the cost of that."""
+        self._is_cut_short = False
+        """Whether the last dispatch might have sent more."""
 
     @property
     def num_waiting(self) -> int:
@@ -105,7 +95,7 @@ class Dispatcher:
         choices = tuple(range(len(request.journal.choices)))
         work = WaitingWork(request, choices)
         self.queue.push_new(work, tenant)
-        request.waiting.append(work)
+        request.waiting[work] = None
         self.requests[request.wire_id] = request
         self.dispatch(now)
 
@@ -144,27 +134,15 @@ class Dispatcher:
         self._deadlines.workers_changed()
         is_planned = is_planned or worker.load.draining
         incarnation = Incarnation(worker_id, worker.member.incarnation)
-        needing = [
-            (request, attempt)
-            for request, attempt in self._attempts.values()
-            if worker_id in attempt.workers()
-        ]
-        for request, attempt in needing:
-            if attempt.state is AttemptState.ENDED:  # its request failed on an earlier round
-                continue
-            setbacks = attempt.setbacks
-            if not is_planned:
-                is_alone = attempt.key == self._suspects.running
-                setbacks = setbacks.after_death(incarnation, is_alone=is_alone)
-            choices = tuple(attempt.streams)
-            self._drop(request, attempt, choices, skip=worker_id)
-            self._put_back(request, choices, setbacks, now, not_before_s=now)
+        died = None if is_planned else incarnation
+        lost = self.running.lose(worker_id)
+        self._returning.append(self._put_back_lost(lost, worker_id, died, now))
         self.dispatch(now)
 
     def load_changed(self, worker_id: str, load: WorkerLoad, now: float) -> None:
         worker = self.placement.workers.get(worker_id)
         if worker is not None:
-            worker.update(load)
+            self.placement.update(worker, load)
             if self.num_waiting:
                 self.dispatch(now)
 
@@ -178,7 +156,7 @@ class Dispatcher:
     ) -> None:
         """Take a worker's answer to a dispatch; `message` is None if it was admitted, else why
         not."""
-        found = self._attempts.get(key)
+        found = self.running.attempts.get(key)
         if found is None:
             return
         request, attempt = found
@@ -203,10 +181,10 @@ class Dispatcher:
 
     def tokens(self, worker_id: str, columns: TokenColumns, now: float) -> None:
         """Take the new tokens of a step; tokens of ended attempts are dropped."""
-        streams = self._streams
+        streams = self.running.streams
         logprobs = columns.logprobs
         touched: dict[ActiveRequest, None] = {}
-        ended: list[_Stream] = []
+        ended: list[RunningStream] = []
         position = -1
         for stream_id, index, token_id in zip(
             columns.stream_ids, columns.indices, columns.token_ids, strict=True
@@ -228,10 +206,10 @@ class Dispatcher:
                 stream.choice.end(reason)
                 # A prefill worker that reports an end holds the KV still, for its reader.
                 knows = worker_id == stream.attempt.decode_id
-                self._drop_finished(stream, skip=worker_id if knows else None)
+                self.running.drop_finished(stream, skip=worker_id if knows else None)
                 touched[stream.request] = None
         for stream in ended:
-            self._drop_finished(stream, skip=None)
+            self.running.drop_finished(stream, skip=None)
         for request in touched:
             if request.first_token_s is None:
                 request.first_token_s = now
@@ -251,33 +229,55 @@ class Dispatcher:
         now: float,
     ) -> None:
         """Take back choices that a worker cannot go on with."""
-        by_attempt: dict[AttemptKey, list[_Stream]] = {}
+        by_attempt: dict[AttemptKey, list[RunningStream]] = {}
         for stream_id in stream_ids:
-            stream = self._streams.get(stream_id)
+            stream = self.running.streams.get(stream_id)
             if stream is not None and worker_id in stream.attempt.workers():
                 by_attempt.setdefault(stream.attempt.key, []).append(stream)
-        for streams in by_attempt.values():
-            request, attempt, _ = streams[0]
-            if attempt.state is AttemptState.ENDED:  # its request failed on an earlier round
-                continue
-            choices = tuple(stream.choice.choice for stream in streams)
-            self._give_back(request, attempt, choices, worker_id, reason, message, now)
+        given_back = list(by_attempt.values())
+        self._returning.append(self._take_back(given_back, worker_id, reason, message, now))
         self.dispatch(now)
 
     def phase(self, key: AttemptKey, spans: Sequence[Span]) -> None:
         """Note where an attempt's time went on a worker."""
-        found = self._attempts.get(key)
+        found = self.running.attempts.get(key)
         if found is not None:
             found[0].add_spans(key.attempt, spans)
 
     # Time.
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether `dispatch` should be called again at once."""
+        return bool(self._returning) or self._is_cut_short
+
     def dispatch(self, now: float) -> None:
-        """Send waiting work as far as the workers have room, in the order of the queue."""
+        """Send waiting work as far as the workers have room, in the order of the queue.
+
+        However much there is to do, one call does a bounded part of it. Work that comes back goes
+        first, so that nothing behind it in the queue overtakes it.
+        """
+        cost = self._go_on_putting_back()
+        if not self._returning:
+            self.placement.routes.wake(now)
+            cost = self._dispatch_suspect(now, cost)
+            cost = self._dispatch_queue(now, cost)
+        self._is_cut_short = cost >= _MAX_COST
+        if self.is_behind:
+            self._on_behind()
+
+    def next_timer_s(self, now: float) -> float | None:
+        """Return when `dispatch` should be called though nothing happens; None: never."""
+        if self.is_behind:
+            return now
+        times = self.queue.next_ready_s(now), self._suspects.next_ready_s(now)
+        return min((at_s for at_s in times if at_s is not None), default=None)
+
+    # How it is done. Costs are in choices that are sent or put back.
+
+    def _dispatch_queue(self, now: float, cost: int) -> int:
         pools = self.placement.pools
-        self.placement.routes.wake(now)
-        self._dispatch_suspect(now)
-        while (work := self.queue.head(now)) is not None:
+        while cost < _MAX_COST and (work := self.queue.head(now)) is not None:
             request = work.request
             need = need_of(work, pools)
             pair = self.placement.find(need)
@@ -285,107 +285,103 @@ class Dispatcher:
                 error = too_large_to_go_on(work, pools)
                 if error is None:
                     self._deadlines.queue_waits(now)
-                    return
+                    return cost
                 self._fail(request, error, now)
+                cost += need.num_choices
                 continue
             pending_tokens = pair.num_pending_tokens
             late = self._deadlines.why_too_late(work, pending_tokens, need.num_tokens, now)
             if late is not None:
                 self._fail(request, late, now)
+                cost += need.num_choices
                 continue
             self._deadlines.sent(work, pending_tokens, need.num_tokens, now)
             self.queue.pop(now)
-            request.waiting.remove(work)
+            del request.waiting[work]
             fix_max_tokens(request, pools)
             self.placement.dispatch(pair, need)
-            self._send(work, pair, now)
-        self._deadlines.queue_is_empty()
+            self.running.send(work, pair, now)
+            cost += need.num_choices + need.num_tokens // _TOKENS_OF_A_CHOICE
+        if cost < _MAX_COST:
+            self._deadlines.queue_is_empty()
+        return cost
 
-    def next_timer_s(self, now: float) -> float | None:
-        """Return when `dispatch` should be called though nothing happens; None: never."""
-        times = self.queue.next_ready_s(now), self._suspects.next_ready_s(now)
-        return min((at_s for at_s in times if at_s is not None), default=None)
-
-    # How it is done.
-
-    def _dispatch_suspect(self, now: float) -> None:
+    def _dispatch_suspect(self, now: float, cost: int) -> int:
         """Send the next suspect when the one before has given a token, to workers that run nothing
         else without a token."""
-        while self._suspects.running is None:
+        while self._suspects.running is None and cost < _MAX_COST:
             work = self._suspects.head(now)
             if work is None:
                 self.placement.release()
-                return
+                break
             need = need_of(work, self.placement.pools)
             pair = self.placement.reserve(need)
             if pair is not None:
                 self._suspects.remove(work)
-                work.request.waiting.remove(work)
+                del work.request.waiting[work]
                 self.placement.dispatch(pair, need)
-                self._suspects.running = self._send(work, pair, now)
-                return
+                self._suspects.running = self.running.send(work, pair, now)
+                return cost + need.num_choices
             error = too_large_to_go_on(work, self.placement.pools)
             if error is None:
-                return
+                break
             self._fail(work.request, error, now)
+            cost += need.num_choices
+        return cost
+
+    def _go_on_putting_back(self) -> int:
+        cost = 0
+        while self._returning and cost < _MAX_COST:
+            step = next(self._returning[0], None)
+            if step is None:
+                self._returning.popleft()
+            else:
+                cost += step
+        return cost
+
+    def _put_back_lost(
+        self, lost: list[RunningAttempt], worker_id: str, died: Incarnation | None, now: float
+    ) -> Iterator[int]:
+        """Put back, step by step, what cannot go on without a worker that has gone."""
+        for request, attempt in lost:
+            if attempt.state is AttemptState.ENDED:  # since, or its request failed
+                continue
+            setbacks = attempt.setbacks
+            if died is not None:
+                is_alone = attempt.key == self._suspects.running
+                setbacks = setbacks.after_death(died, is_alone=is_alone)
+            choices = tuple(attempt.streams)
+            self.running.drop(request, attempt, choices, skip=worker_id)
+            self._put_back(request, choices, setbacks, now, not_before_s=now)
+            yield len(choices)
+
+    def _take_back(
+        self,
+        given_back: list[list[RunningStream]],
+        worker_id: str,
+        reason: FailureReason,
+        message: str,
+        now: float,
+    ) -> Iterator[int]:
+        """Take back, step by step, choices with which a worker cannot go on, by attempt."""
+        for streams in given_back:
+            request, attempt, _ = streams[0]
+            choices = tuple(s.choice.choice for s in streams if s.choice.choice in attempt.streams)
+            if choices:  # else ended since, or its request failed
+                self._give_back(request, attempt, choices, worker_id, reason, message, now)
+                yield len(choices)
 
     def _fail(self, request: ActiveRequest, error: PacelineError, now: float) -> None:
         if request.is_done:
             return
         request.error = error
         for attempt in list(request.attempts.values()):
-            self._drop(request, attempt, tuple(attempt.streams), skip=None)
+            self.running.drop(request, attempt, tuple(attempt.streams), skip=None)
         for work in request.waiting:
             self._suspects.remove(work)
             self.queue.remove(work, request.journal.tenant)
         request.waiting.clear()
         self._end(request, now)
-
-    def _send(self, work: WaitingWork, pair: Pair, now: float) -> AttemptKey:
-        request = work.request
-        request.dispatched(now)
-        request.num_resumed += work.is_resumption
-        journal = request.journal
-        alone = len(work.choices) == 1
-        # Choices that go on apart have a name of their own at the workers, where a newer attempt
-        # of a request ends the older ones: attempts of their siblings are not older, they are
-        # others.
-        name = request.wire_id
-        if len(work.choices) < len(journal.choices):
-            name += "/" + "+".join(map(str, work.choices))
-        key = AttemptKey(name, request.num_attempts)
-        streams = {choice: self._new_stream_id() for choice in work.choices}
-        prefill_id = None if pair.prefill is None else pair.prefill.worker_id
-        num_output = len(journal.choices[work.choices[0]].output)
-        attempt = Attempt(
-            key,
-            prefill_id,
-            pair.decode.worker_id,
-            streams,
-            sent_s=now,
-            first_own_index=num_output + (prefill_id is not None),
-            setbacks=work.setbacks,
-        )
-        request.attempts[key] = attempt
-        self._attempts[key] = (request, attempt)
-        for worker in pair.views:
-            worker.without_token.add(key)
-        for choice, stream_id in streams.items():
-            self._streams[stream_id] = _Stream(request, attempt, journal.choices[choice])
-        sent = Work(
-            key,
-            work.choices,
-            tuple(streams.values()),
-            journal.prompt,
-            journal.output_ids(work.choices[0]) if alone else journal.prompt[:0],
-            journal.sampling,
-            journal.tenant,
-        )
-        source = None if pair.prefill is None else pair.prefill.member
-        self._commands.admit(pair.decode.worker_id, sent, source)
-        if pair.prefill is not None:
-            self._commands.prefill(pair.prefill.worker_id, sent, pair.decode.member)
-        return key
 
     def _give_back(
         self,
@@ -409,7 +405,7 @@ class Dispatcher:
         )
         self._blame(attempt, worker_id, reason, message, now)
         setbacks = attempt.setbacks.after(worker_id, reason, message)
-        self._drop(request, attempt, choices, skip=worker_id)
+        self.running.drop(request, attempt, choices, skip=worker_id)
         ready_s = now + self._backoff_s(setbacks)
         self._put_back(request, choices, setbacks, now, not_before_s=ready_s, reason=reason)
 
@@ -438,24 +434,10 @@ class Dispatcher:
         """Note a token of the decode worker, until one is its own."""
         routes = self.placement.routes
         if attempt.state is not AttemptState.DECODING:
-            attempt.move(AttemptEvent.DECODE_TOKEN)
             routes.worked(attempt.route)
-        if index >= attempt.first_own_index:
-            attempt.has_own_token = True
-            attempt.setbacks = Setbacks()
-            self._no_longer_without_token(attempt)
+        if self.running.decode_token(attempt, index):
             for worker_id in attempt.route:
                 routes.worked((worker_id,))
-
-    def _no_longer_without_token(self, attempt: Attempt) -> None:
-        """Note that an attempt has given a token, or has ended."""
-        for worker_id in attempt.route:
-            worker = self.placement.workers.get(worker_id)
-            if worker is not None:
-                worker.without_token.discard(attempt.key)
-        if self._suspects.running == attempt.key:
-            self._suspects.running = None
-            self.placement.release()
 
     def _put_back(
         self,
@@ -484,40 +466,11 @@ class Dispatcher:
                 preempted=reason is FailureReason.PREEMPTED,
                 is_resumption=reason is not FailureReason.REFUSED,
             )
-            request.waiting.append(work)
+            request.waiting[work] = None
             if setbacks.is_suspect(self._settings):
                 self._suspects.push(work, not_before_s)
             else:
                 self.queue.push_resumed(work, request.arrived_s, not_before_s)
-
-    def _drop(
-        self,
-        request: ActiveRequest,
-        attempt: Attempt,
-        choices: tuple[int, ...],
-        *,
-        skip: str | None,
-    ) -> None:
-        """Forget choices of an attempt, and cancel them at its workers but `skip`, which knows."""
-        workers = attempt.workers()
-        for choice in choices:
-            del self._streams[attempt.streams.pop(choice)]
-            request.journal.choices[choice].forget_early()
-        is_over = not attempt.streams
-        if is_over:
-            attempt.move(AttemptEvent.LAST_CHOICE_GONE)
-            self.placement.routes.ended(attempt.prefill_id, attempt.decode_id)
-            self._no_longer_without_token(attempt)
-            del request.attempts[attempt.key]
-            del self._attempts[attempt.key]
-        for worker_id in workers:
-            if worker_id != skip and worker_id in self.placement.workers:
-                self._commands.cancel(worker_id, attempt.key, () if is_over else choices)
-
-    def _drop_finished(self, stream: _Stream, *, skip: str | None) -> None:
-        choice = stream.choice
-        if choice.finish_reason is not None and choice.choice in stream.attempt.streams:
-            self._drop(stream.request, stream.attempt, (choice.choice,), skip=skip)
 
     def _end(self, request: ActiveRequest, now: float) -> None:
         request.ended_s = now
@@ -529,10 +482,3 @@ class Dispatcher:
         doublings = min(max(setbacks.num_given_back - 1, 0), 16)
         wait_s = self._settings.retry_backoff_s * 2.0**doublings
         return min(wait_s, self._settings.max_retry_backoff_s)
-
-    def _new_stream_id(self) -> int:
-        stream_id = (self._last_stream_id + 1) % _STREAM_IDS
-        while stream_id in self._streams:
-            stream_id = (stream_id + 1) % _STREAM_IDS
-        self._last_stream_id = stream_id
-        return stream_id

@@ -6,14 +6,12 @@ turns. Whoever is at the head blocks those behind it until it can be placed, so 
 not starve; only work that waits out a backoff lets others pass.
 """
 
-import heapq
-import itertools
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from paceline.errors import QueueFullError
+from paceline.router.returned_work import ReturnedWork
 
 T = TypeVar("T", bound=Hashable)
 
@@ -22,31 +20,21 @@ _MIN_RETRY_S = 0.1
 _MAX_RETRY_S = 30.0
 
 
-@dataclass(order=True, slots=True)
-class _Resumed(Generic[T]):
-    arrived_s: float
-    order: int
-    not_before_s: float = field(compare=False)
-    item: T = field(compare=False)
-
-
 class WaitingQueue(Generic[T]):
     """Hold work until it can be placed. `T` is compared by identity or value, as its hash says."""
 
     def __init__(self, max_new: int) -> None:
         self._max_new = max_new
-        self._order = itertools.count()
-        self._resumed: list[_Resumed[T]] = []
-        self._lines: dict[str, deque[T]] = {}
+        self._resumed: ReturnedWork[T] = ReturnedWork()
+        # Not plain dicts: to find the first key of one takes as long as many were taken before it.
+        self._lines: OrderedDict[str, OrderedDict[T, None]] = OrderedDict()
         """Of tenants with new work, in turn order."""
         self._num_new = 0
-        self._removed: set[T] = set()
-        """Entries of `_resumed` that are to be skipped; taken out of lines at once instead."""
         self._mean_interval_s: float | None = None
         self._last_departure_s: float | None = None
 
     def __len__(self) -> int:
-        return self._num_new + len(self._resumed) - len(self._removed)
+        return self._num_new + len(self._resumed)
 
     @property
     def num_new(self) -> int:
@@ -82,80 +70,53 @@ class WaitingQueue(Generic[T]):
     def push_new(self, item: T, tenant: str) -> None:
         """Append work at the end of its tenant's line; raises QueueFullError at the bound."""
         self.check_room()
-        self._lines.setdefault(tenant, deque()).append(item)
+        self._lines.setdefault(tenant, OrderedDict())[item] = None
         self._num_new += 1
 
     def push_resumed(self, item: T, arrived_s: float, not_before_s: float) -> None:
         """Put work back at the head, behind resumed work that arrived earlier."""
-        heapq.heappush(self._resumed, _Resumed(arrived_s, next(self._order), not_before_s, item))
+        self._resumed.push(item, arrived_s, not_before_s)
 
     def remove(self, item: T, tenant: str) -> bool:
         """Take out work that has been cancelled; say whether it was here."""
         line = self._lines.get(tenant)
-        if line is not None and item in line:
-            line.remove(item)
-            self._num_new -= 1
-            if not line:
-                del self._lines[tenant]
-            return True
-        if item not in self._removed and any(entry.item == item for entry in self._resumed):
-            self._removed.add(item)
-            self._drop_removed_head()
-            return True
-        return False
+        if line is None or item not in line:
+            return self._resumed.remove(item)
+        del line[item]
+        self._num_new -= 1
+        if not line:
+            del self._lines[tenant]
+        return True
 
     def head(self, now: float) -> T | None:
         """Look at the work whose turn it is, or None when nothing may go now."""
-        entry = self._resumed_head(now)
-        if entry is not None:
-            return entry.item
-        for line in self._lines.values():
-            return line[0]
-        return None
+        resumed = self._resumed.head(now)
+        if resumed is not None or not self._lines:
+            return resumed
+        return next(iter(self._lines[next(iter(self._lines))]))
 
     def pop(self, now: float) -> T:
         """Take the work that `head` shows; raises IndexError when there is none."""
-        entry = self._resumed_head(now)
-        if entry is not None:
-            self._resumed.remove(entry)
-            heapq.heapify(self._resumed)
-            self._drop_removed_head()
-            return entry.item
-        for tenant, line in self._lines.items():
-            item = line.popleft()
+        resumed = self._resumed.head(now)
+        if resumed is not None:
+            self._resumed.remove(resumed)
+            return resumed
+        if not self._lines:
+            raise IndexError("nothing may leave the queue now")
+        tenant = next(iter(self._lines))
+        line = self._lines[tenant]
+        item, _ = line.popitem(last=False)
+        if line:
+            self._lines.move_to_end(tenant)  # to the end of the turns
+        else:
             del self._lines[tenant]
-            if line:
-                self._lines[tenant] = line  # to the end of the turns
-            self._num_new -= 1
-            self._note_departure(now)
-            return item
-        raise IndexError("nothing may leave the queue now")
+        self._num_new -= 1
+        self._note_departure(now)
+        return item
 
     def next_ready_s(self, now: float) -> float | None:
         """Return when the next backoff ends; None when none runs."""
-        later = [
-            entry.not_before_s
-            for entry in self._resumed
-            if entry.not_before_s > now and entry.item not in self._removed
-        ]
-        return min(later, default=None)
-
-    def _resumed_head(self, now: float) -> _Resumed[T] | None:
-        if not self._resumed:
-            return None
-        first = self._resumed[0]
-        if first.not_before_s <= now:
-            return first
-        ready = [
-            entry
-            for entry in self._resumed
-            if entry.not_before_s <= now and entry.item not in self._removed
-        ]
-        return min(ready, default=None)
-
-    def _drop_removed_head(self) -> None:
-        while self._resumed and self._resumed[0].item in self._removed:
-            self._removed.discard(heapq.heappop(self._resumed).item)
+        return self._resumed.next_ready_s(now)
 
     def _note_departure(self, now: float) -> None:
         if self._last_departure_s is not None:

@@ -32,6 +32,8 @@ class RouteHealth:
         self._first_rest_s = first_rest_s
         self._max_rest_s = max_rest_s
         self._rows: dict[Route, _Row] = {}
+        self._routes_of: dict[str, set[Route]] = {}
+        """Those with a row, by each of their workers."""
         self._now = 0.0
 
     @property
@@ -48,6 +50,8 @@ class RouteHealth:
         Work that was already there at the last failure tells nothing new: one event can end many.
         """
         row = self._rows.setdefault(route, _Row())
+        for worker_id in route:
+            self._routes_of.setdefault(worker_id, set()).add(route)
         if sent_s < row.failed_s:
             return 0.0
         row.num_failures += 1
@@ -65,16 +69,17 @@ class RouteHealth:
         """Note that a worker has taken work."""
         row = self._rows.get((worker_id,))
         if row is not None and row.is_refusing:
-            del self._rows[worker_id,]
+            self._drop((worker_id,))
 
     def worked(self, route: Route) -> None:
         """Note that work has gone well on this route."""
-        self._rows.pop(route, None)
+        if route in self._rows:
+            self._drop(route)
 
     def forget(self, worker_id: str) -> None:
         """Drop what is known of a worker that has gone."""
-        for route in [route for route in self._rows if worker_id in route]:
-            del self._rows[route]
+        for route in list(self._routes_of.get(worker_id, ())):
+            self._drop(route)
 
     def sent(self, prefill_id: str | None, decode_id: str) -> None:
         """Count work as sent."""
@@ -88,13 +93,26 @@ class RouteHealth:
 
     def is_resting(self, prefill_id: str | None, decode_id: str) -> bool:
         """Whether work should rather go elsewhere now."""
-        return any(
-            row.is_tried or row.rests_until_s > self._now
-            for row in self._rows_of(prefill_id, decode_id)
-        )
+        return any(self._is_resting(row) for row in self._rows_of(prefill_id, decode_id))
+
+    def is_resting_worker(self, worker_id: str) -> bool:
+        """Whether every route of a worker rests, because it rests itself."""
+        row = self._rows.get((worker_id,))
+        return row is not None and self._is_resting(row)
 
     def num_failures(self, prefill_id: str | None, decode_id: str) -> int:
         return max((row.num_failures for row in self._rows_of(prefill_id, decode_id)), default=0)
+
+    def _is_resting(self, row: _Row) -> bool:
+        return row.is_tried or row.rests_until_s > self._now
+
+    def _drop(self, route: Route) -> None:
+        del self._rows[route]
+        for worker_id in route:
+            routes = self._routes_of[worker_id]
+            routes.discard(route)
+            if not routes:
+                del self._routes_of[worker_id]
 
     def _rows_of(self, prefill_id: str | None, decode_id: str) -> Iterator[_Row]:
         if not self._rows:

@@ -19,10 +19,10 @@ from paceline.router.generation import Generations
 from paceline.router.grpc_api import InferenceServicer
 from paceline.router.message_size import default_request_bytes
 from paceline.router.model import ServedModel
-from paceline.router.placement import WorkerMember
 from paceline.router.prompt_encoder import PromptEncoder
 from paceline.router.settings import RouterSettings
 from paceline.router.worker_link import WorkerLink
+from paceline.router.worker_view import WorkerMember
 from paceline.silence import Company
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 from paceline.wire import work_to_proto
@@ -106,7 +106,7 @@ class Router:
         self._company = Company()
         self._membership_version = 0
         self._membership_lock = asyncio.Lock()
-        self._dispatcher = Dispatcher(settings, _LinkCommands(self._links))
+        self._dispatcher = Dispatcher(settings, _LinkCommands(self._links), self._on_change)
         self._max_request_bytes = settings.max_request_bytes or default_request_bytes(
             model.max_model_len
         )

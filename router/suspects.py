@@ -7,31 +7,33 @@ else enters until it has given a token: if a worker dies then, it died of the su
 
 from paceline.request import AttemptKey
 from paceline.router.active_request import WaitingWork
+from paceline.router.returned_work import ReturnedWork
 
 
 class Suspects:
     """The suspects of one router, oldest first."""
 
     def __init__(self) -> None:
-        self._not_before_s: dict[WaitingWork, float] = {}
+        self._waiting: ReturnedWork[WaitingWork] = ReturnedWork()
+        self._num_pushed = 0
         self.running: AttemptKey | None = None
         """The one that runs alone."""
 
     def __len__(self) -> int:
-        return len(self._not_before_s)
+        return len(self._waiting)
 
     def push(self, work: WaitingWork, not_before_s: float) -> None:
-        self._not_before_s[work] = not_before_s
+        self._num_pushed += 1
+        self._waiting.push(work, self._num_pushed, not_before_s)
 
     def remove(self, work: WaitingWork) -> None:
         """Take out work that has been sent or cancelled; it need not be here."""
-        self._not_before_s.pop(work, None)
+        self._waiting.remove(work)
 
     def head(self, now: float) -> WaitingWork | None:
         """Look at the work whose turn it is; None when none may go now."""
-        ready = (work for work, not_before_s in self._not_before_s.items() if not_before_s <= now)
-        return next(ready, None)
+        return self._waiting.head(now)
 
     def next_ready_s(self, now: float) -> float | None:
         """Return when the next backoff ends; None when none runs."""
-        return min((at_s for at_s in self._not_before_s.values() if at_s > now), default=None)
+        return self._waiting.next_ready_s(now)

@@ -18,10 +18,11 @@ from paceline.grpc_options import INTERNAL_CHANNEL
 from paceline.internal.v1 import worker_pb2, worker_pb2_grpc
 from paceline.request import AttemptKey, FinishReason
 from paceline.router.capacity import WorkerPool
-from paceline.router.dispatch import Dispatcher, TokenColumns
+from paceline.router.dispatch import Dispatcher
 from paceline.router.journal import Logprobs
-from paceline.router.placement import WorkerLoad, WorkerMember, WorkerView
 from paceline.router.settings import RouterSettings
+from paceline.router.worker_messages import TokenColumns
+from paceline.router.worker_view import WorkerLoad, WorkerMember, WorkerView
 from paceline.silence import Company, Patience, Silence, wait_for_silence
 from paceline.wire import (
     failure_reason_from_proto,

@@ -36,10 +36,11 @@ from paceline.prefill_worker.core import PrefillCore
 from paceline.prefill_worker.scheduler import PrefillScheduler
 from paceline.request import AttemptKey, Work
 from paceline.router.active_request import ActiveRequest
+from paceline.router.capacity import WorkerPool
 from paceline.router.dispatch import Dispatcher
-from paceline.router.placement import Role, WorkerMember, WorkerPool, WorkerView
 from paceline.router.settings import RouterSettings
 from paceline.router.worker_link import WorkerLink, _load
+from paceline.router.worker_view import Role, WorkerMember, WorkerView
 from paceline.silence import Company
 from paceline.worker import kv_owner, kv_reader
 from paceline.worker.core import Core, Peer
@@ -644,8 +645,8 @@ class World:
             assert prefill.leases.num_undecided == 0
             for session in prefill.owner._sessions.values():
                 assert not session.subscriptions, "subscriptions are left"
-        assert not self.dispatcher._streams
-        assert not self.dispatcher._attempts
+        assert not self.dispatcher.running.streams
+        assert not self.dispatcher.running.attempts
         for request in self.requests:
             self.check(request)
             if request.error is None:

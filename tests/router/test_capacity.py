@@ -14,9 +14,9 @@ def make_pools(
     """Make pools of these numbers of blocks."""
     pools = KnownPools()
     for blocks in prefill:
-        pools.prefill[f"p{blocks}"] = WorkerPool(blocks, 16, prefill_seqs)
+        pools.prefill.put(f"p{blocks}", WorkerPool(blocks, 16, prefill_seqs))
     for blocks in decode:
-        pools.decode[f"d{blocks}"] = WorkerPool(blocks, 16, decode_seqs, local_prefill_tokens)
+        pools.decode.put(f"d{blocks}", WorkerPool(blocks, 16, decode_seqs, local_prefill_tokens))
     return pools
 
 

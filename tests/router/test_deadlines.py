@@ -10,7 +10,7 @@ from paceline.errors import DeadlineExceededError, OverloadedError
 from paceline.router.active_request import ActiveRequest
 from paceline.router.capacity import UNLIMITED_LOCAL_PREFILL
 from paceline.router.deadlines import PROBE_S
-from paceline.router.placement import Role
+from paceline.router.worker_view import Role
 
 STEP_S = 0.1
 MAX_TOKENS = 10

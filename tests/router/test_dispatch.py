@@ -19,9 +19,9 @@ from paceline.errors import (
 from paceline.request import FailureReason, FinishReason
 from paceline.router.active_request import ActiveRequest
 from paceline.router.capacity import UNLIMITED_LOCAL_PREFILL
-from paceline.router.dispatch import TokenColumns
-from paceline.router.placement import Role
 from paceline.router.settings import RouterSettings
+from paceline.router.worker_messages import TokenColumns
+from paceline.router.worker_view import Role
 
 ORACLE = arithmetic_oracle(500)
 PATIENT = RouterSettings(
@@ -50,8 +50,8 @@ def assert_nothing_left(cluster: SimulatedCluster) -> None:
     dispatcher = cluster.dispatcher
     assert dispatcher.num_waiting == 0
     assert not dispatcher.requests
-    assert not dispatcher._streams
-    assert not dispatcher._attempts
+    assert not dispatcher.running.streams
+    assert not dispatcher.running.attempts
     assert dispatcher._suspects.running is None
     for view in dispatcher.placement.workers.values():
         assert not view.without_token
@@ -545,6 +545,7 @@ def test_many_queued_requests_that_are_too_large_fail_when_the_pool_is_known() -
     for request in requests:
         cluster.dispatcher.submit(request, 0.0)
     cluster.join("decode-0", Role.DECODE, 1.0, num_blocks=2)
+    cluster.catch_up(1.0)
     assert all(isinstance(request.error, InvalidRequestError) for request in requests)
     assert_nothing_left(cluster)
 
@@ -666,7 +667,7 @@ def test_choice_whose_last_token_fills_a_gap_ends_its_request() -> None:
     assert request.journal.choices[0].output == [7, 8]
     assert request.is_done
     assert request.error is None
-    assert not cluster.dispatcher._attempts
+    assert not cluster.dispatcher.running.attempts
 
 
 def test_stop_string_cancels_its_choice_at_the_workers() -> None:

@@ -1,8 +1,12 @@
-from hypothesis import given
+import pytest
+from counted_calls import count_calls
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_placement import find_pair
 
 from paceline.router.capacity import UNLIMITED_LOCAL_PREFILL, Need, WorkerPool
-from paceline.router.placement import Placement, Role, WorkerLoad, WorkerMember, WorkerView
+from paceline.router.placement import Placement
+from paceline.router.worker_view import Role, WorkerLoad, WorkerMember, WorkerView
 
 
 def make_worker(
@@ -60,9 +64,11 @@ def test_dispatches_reduce_credit_until_the_worker_has_counted_them() -> None:
     placement.dispatch(pair, need)
     assert worker.credit_blocks == 9
     assert placement.find(need) is None
-    worker.update(WorkerLoad(credit_blocks=9, credit_sequences=9, num_dispatches_seen=1))
+    placement.update(worker, WorkerLoad(credit_blocks=9, credit_sequences=9, num_dispatches_seen=1))
     assert worker.credit_blocks == 9
-    worker.update(WorkerLoad(credit_blocks=20, credit_sequences=10, num_dispatches_seen=1))
+    placement.update(
+        worker, WorkerLoad(credit_blocks=20, credit_sequences=10, num_dispatches_seen=1)
+    )
     assert placement.find(need) is not None
 
 
@@ -88,7 +94,9 @@ def test_each_choice_of_a_dispatch_reduces_the_credit_by_a_sequence() -> None:
     placement.dispatch(pair, Need(5, 4))
     assert (prefill.credit_sequences, decode.credit_sequences) == (6, 6)
     assert ids(placement, Need(5, 7)) is None
-    decode.update(WorkerLoad(credit_blocks=90, credit_sequences=6, num_dispatches_seen=1))
+    placement.update(
+        decode, WorkerLoad(credit_blocks=90, credit_sequences=6, num_dispatches_seen=1)
+    )
     assert decode.credit_sequences == 6
 
 
@@ -160,6 +168,9 @@ def test_size_of_a_worker_that_was_drained_is_forgotten_when_it_goes() -> None:
     assert placement.pools.why_too_large(Need(500, 1)) is not None
 
 
+EVENTS = ["join", "join", "leave", "load", "load", "dispatch", "dispatch", "fail", "wake"]
+EVENTS += ["reserve", "release"]
+WORKER_IDS = [f"{role}-{i}" for role in ("prefill", "decode") for i in range(3)]
 ROUTES = [(f"prefill-{i}", f"decode-{j}") for i in range(3) for j in range(3)]
 ROUTES += [(f"{role}-{i}",) for role in ("prefill", "decode") for i in range(3)]
 
@@ -219,6 +230,134 @@ def test_work_either_finds_a_place_among_empty_workers_or_is_too_large(
         placement.routes.failed(route, 0.0, 0.0)
     has_place = placement.find(need) is not None
     assert has_place == (placement.pools.why_too_large(need) is None)
+
+
+def loads(pool: WorkerPool, num_seen: int) -> st.SearchStrategy[WorkerLoad]:
+    return st.builds(
+        WorkerLoad,
+        credit_blocks=st.integers(0, pool.num_blocks),
+        credit_sequences=st.integers(0, pool.max_num_seqs),
+        num_dispatches_seen=st.just(num_seen),
+        num_running=st.integers(0, 2),
+        num_pending_tokens=st.sampled_from([0, 10, 20]),
+        draining=st.sampled_from([False, False, False, True]),
+    )
+
+
+@st.composite
+def loaded_workers(draw: st.DrawFn, worker_id: str) -> WorkerView:
+    role = Role(worker_id.partition("-")[0])
+    local = draw(st.sampled_from([0, 20, UNLIMITED_LOCAL_PREFILL])) if role is Role.DECODE else 0
+    pool = WorkerPool(draw(st.sampled_from([4, 9, 10, 12])), 16, draw(st.integers(1, 5)), local)
+    member = WorkerMember(worker_id, role, 1, "")
+    return WorkerView(member, pool, draw(loads(pool, 0)))
+
+
+NEEDS = st.builds(Need, st.integers(1, 140), st.integers(1, 5), st.integers(0, 40), st.booleans())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_choice_is_that_of_a_search_through_all_workers_whatever_happened(
+    data: st.DataObject,
+) -> None:
+    """The ordered structures must follow every load, dispatch, rest, reservation and loss."""
+    placement = Placement()
+    for index in range(data.draw(st.integers(2, 40), "events")):
+        event = data.draw(st.sampled_from(EVENTS), "event")
+        worker_id = data.draw(st.sampled_from(WORKER_IDS), "worker")
+        worker = placement.workers.get(worker_id)
+        need = data.draw(NEEDS, "need")
+        if event == "join":
+            placement.remove(worker_id)
+            placement.add(data.draw(loaded_workers(worker_id), "joining"))
+        elif event == "leave":
+            placement.remove(worker_id)
+        elif event == "load" and worker is not None:
+            seen = data.draw(st.integers(0, worker.num_dispatched), "seen")
+            placement.update(worker, data.draw(loads(worker.pool, seen), "load"))
+        elif event == "dispatch":
+            pair = placement.find(need)
+            if pair is not None:
+                placement.dispatch(pair, need)
+        elif event == "fail":
+            route = data.draw(st.sampled_from(ROUTES), "route")
+            placement.routes.failed(route, index, index)
+        elif event == "wake":
+            placement.routes.wake(index)
+        elif event == "reserve":
+            placement.reserve(need)
+        elif event == "release":
+            placement.release()
+        wanted = find_pair(list(placement.workers.values()), placement.routes, need)
+        assert placement.find(need) == wanted
+
+
+FITS_SOME = 16 * 99
+"""Tokens for half of the workers; beside a rest, each of them is looked at."""
+
+
+@pytest.mark.parametrize("need", [Need(100, 1), Need(100, 7), Need(FITS_SOME, 1), Need(1, 11)])
+@pytest.mark.parametrize("credit", ["some", "none"])
+@pytest.mark.parametrize("resting", [(), ("d0",), ("p0", "d0")])
+def test_choice_and_new_load_cost_the_same_among_many_workers(
+    need: Need, credit: str, resting: tuple[str, ...]
+) -> None:
+    num_calls = []
+    for num_workers in (8, 1024):
+        most = 100 if credit == "some" else 0
+        placement = make_placement(
+            *(
+                make_worker(f"p{i}", Role.PREFILL, num_pending_tokens=i, credit_blocks=most)
+                for i in range(num_workers)
+            ),
+            *(
+                make_worker(f"d{i}", credit_blocks=max(0, most - i), num_blocks=100 + i % 2)
+                for i in range(num_workers)
+            ),
+        )
+        if resting:
+            placement.routes.failed(resting, 0.0, 0.0)
+        worker = placement.workers["d1"]
+
+        def change_and_choose(
+            placement: Placement = placement, worker: WorkerView = worker
+        ) -> None:
+            placement.update(worker, worker.load)
+            placement.find(need)
+
+        num_calls.append(count_calls(change_and_choose))
+    if resting and need.num_tokens == FITS_SOME:
+        assert num_calls[1] < 8 * 1024
+    else:
+        assert num_calls[1] <= 1.2 * num_calls[0] + 10
+
+
+def test_prefill_workers_without_room_are_passed_over_up_to_a_bound() -> None:
+    busy = [
+        make_worker(f"p{i}", Role.PREFILL, credit_blocks=1, num_pending_tokens=i)
+        for i in range(500)
+    ]
+    free = [make_worker(f"q{i}", Role.PREFILL, num_pending_tokens=1000 + i) for i in range(500)]
+    placement = make_placement(*busy, *free, make_worker("d0"))
+    num_calls = count_calls(lambda: placement.find(Need(100, 1)))
+    assert num_calls < 400
+    found = ids(placement, Need(100, 1))
+    assert found is not None
+    assert found[0] is not None
+    assert found[0].startswith("q")
+
+
+@pytest.mark.parametrize("num_free", [0, 200])
+def test_choice_has_a_bound_when_every_pair_of_many_rests(num_free: int) -> None:
+    placement = make_placement(
+        *(make_worker(f"p{i}", Role.PREFILL) for i in range(200)),
+        *(make_worker(f"d{i}", credit_blocks=100 if i < num_free else 0) for i in range(200)),
+    )
+    for number in range(200 * 200):
+        placement.routes.failed((f"p{number // 200}", f"d{number % 200}"), 0.0, 0.0)
+    assert count_calls(lambda: placement.find(Need(100, 1))) < 40_000
+    assert (placement.find(Need(100, 1)) is not None) == (num_free > 0)
 
 
 @given(workers(Role.PREFILL), workers(Role.DECODE))

@@ -15,9 +15,9 @@ from paceline.errors import ConfigError
 from paceline.request import FailureReason
 from paceline.router.capacity import UNLIMITED_LOCAL_PREFILL
 from paceline.router.model import ServedModel
-from paceline.router.placement import Role
 from paceline.router.server import Router
 from paceline.router.settings import RouterSettings
+from paceline.router.worker_view import Role
 from paceline.v1 import inference_pb2 as pb
 
 

@@ -18,9 +18,9 @@ from worker_process import WorkerHandle
 from paceline.engine.model_config import read_model_config
 from paceline.engine.model_source import ModelFolder
 from paceline.router.model import ServedModel
-from paceline.router.placement import Role, WorkerMember
 from paceline.router.server import Router
 from paceline.router.settings import RouterSettings
+from paceline.router.worker_view import Role, WorkerMember
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 
 DEADLINE_S = 60.0

@@ -23,7 +23,7 @@ from paceline.request import (
     num_blocks_for,
     num_blocks_promised,
 )
-from paceline.router.placement import Role, WorkerMember
+from paceline.router.worker_view import Role, WorkerMember
 from paceline.v1 import inference_pb2
 from paceline.wire import MAX_MESSAGE_BYTES, MAX_TOKEN_ID, WorkLimits, pack_uint32, work_from_proto
 

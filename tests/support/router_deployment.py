@@ -11,9 +11,9 @@ from fake_worker import FakeWorker, KvFabric, Oracle, arithmetic_oracle
 from tiny_tokenizer import EOS_ID, VOCAB_SIZE, write_tokenizer
 
 from paceline.router.model import ServedModel
-from paceline.router.placement import Role, WorkerMember
 from paceline.router.server import Router
 from paceline.router.settings import RouterSettings
+from paceline.router.worker_view import Role, WorkerMember
 from paceline.v1 import inference_pb2, inference_pb2_grpc
 
 DEADLINE_S = 10.0

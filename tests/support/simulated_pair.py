@@ -18,9 +18,10 @@ from paceline.request import (
     num_blocks_promised,
 )
 from paceline.router.capacity import WorkerPool
-from paceline.router.dispatch import Dispatcher, TokenColumns
-from paceline.router.placement import Role, WorkerLoad, WorkerMember, WorkerView
+from paceline.router.dispatch import Dispatcher
 from paceline.router.settings import RouterSettings
+from paceline.router.worker_messages import TokenColumns
+from paceline.router.worker_view import Role, WorkerLoad, WorkerMember, WorkerView
 
 POISON = "poison"
 """How names of requests begin that kill the decode worker that computes a token for them."""
@@ -253,6 +254,15 @@ class SimulatedCluster:
     def pass_time(self, now: float, seconds: float) -> float:
         self.dispatcher.dispatch(now + seconds)
         return now + seconds
+
+    def catch_up(self, now: float) -> int:
+        """Give the dispatcher turns of the event loop while it asks for them; return how many."""
+        num_turns = 0
+        while self.dispatcher.is_behind:
+            assert self.dispatcher.next_timer_s(now) == now
+            self.dispatcher.dispatch(now)
+            num_turns += 1
+        return num_turns
 
     def kill_poisoned(self, now: float) -> list[str]:
         """Let the decode workers die that would compute a token of a poisonous request."""
