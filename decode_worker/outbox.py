@@ -1,5 +1,7 @@
 """What waits to leave the worker, until the scheduler's caller takes it."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,6 +14,8 @@ from paceline.decode_worker.outcomes import (
 )
 from paceline.request import AttemptKey, FinishReason
 from paceline.worker.step_output import StepOutput
+
+NONE: npt.NDArray[np.intp] = np.empty(0, dtype=np.intp)
 
 
 class Outbox:
@@ -48,17 +52,20 @@ class Outbox:
         if not np.count_nonzero(sessions != first):
             self._outputs[first] = output
             return
-        for session in np.unique(sessions).tolist():
-            mine = np.flatnonzero(sessions == session)
-            ends = np.isin(finished, mine)
-            number_of = {number: i for i, number in enumerate(mine.tolist())}
+        ends_of = dict(_elements_by_session(sessions[finished]))
+        for session, mine in _elements_by_session(sessions):
+            ends = ends_of.get(session, NONE)
+            logprobs = {}
+            if output.logprobs:
+                top = ((i, output.logprobs.get(number)) for i, number in enumerate(mine.tolist()))
+                logprobs = {i: found for i, found in top if found is not None}
             self._outputs[session] = StepOutput(
                 output.stream_ids[mine],
                 output.indices[mine],
                 output.token_ids[mine],
                 output.finished_stream_ids[ends],
                 output.finish_reasons[ends],
-                {number_of[i]: top for i, top in output.logprobs.items() if i in number_of},
+                logprobs,
             )
 
     def add_prefilled(self, prefilled: PrefilledAttempt) -> None:
@@ -95,6 +102,17 @@ class Outbox:
         for waiting in (self._prefilled, self._failures, self._abandoned_imports, self._ended):
             waiting.clear()
         return step
+
+
+def _elements_by_session(
+    sessions: npt.NDArray[np.int64],
+) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
+    """Give each session with the numbers of its elements, in order; sorts once for all sessions."""
+    order = np.argsort(sessions, kind="stable")
+    found, starts = np.unique(sessions[order], return_index=True)
+    ends = [*starts[1:].tolist(), len(order)]
+    for session, start, end in zip(found.tolist(), starts.tolist(), ends, strict=False):
+        yield session, order[start:end]
 
 
 def _joined(tokens: list[OutputToken], rest: StepOutput | None) -> StepOutput:

@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 from decode_simulation import BLOCK_TOKENS, GREEDY, DecodeSimulation
+from opcodes import num_opcodes
 
 from paceline.decode_worker.outcomes import Admitted, Refused
 from paceline.errors import IntegrityError
@@ -437,3 +438,42 @@ def test_a_session_cannot_replace_the_work_of_another() -> None:
     simulation.run_to_end()
     simulation.assert_complete(dispatch)
     simulation.assert_nothing_left()
+
+
+def test_no_message_costs_more_beside_many_others() -> None:
+    few, many = (costs(num_others) for num_others in (20, 400))
+    for name, count in many.items():
+        assert count < 1.5 * few[name], f"{name}: {count} and {few[name]} opcodes"
+
+
+def costs(num_others: int) -> dict[str, int]:
+    """Count what each call executes beside imports and prompts that wait."""
+    simulation = DecodeSimulation(
+        num_blocks=20 * num_others + 100,
+        max_num_seqs=2 * num_others + 8,
+        max_num_batched_tokens=2 * num_others + 16,
+        promise_ttl_s=10.0,
+    )
+    scheduler = simulation.scheduler
+
+    def admit(name: str, *, has_source: bool, session: int) -> AttemptKey:
+        work = simulation.make_work(name, PROMPT, sampling=GREEDY)
+        scheduler.admit(work, session, has_source=has_source, now=simulation.now)
+        return work.key
+
+    late = admit("late", has_source=True, session=9)
+    for number in range(num_others):
+        admit(f"import-{number}", has_source=True, session=number % 3)
+        admit(f"prompt-{number}", has_source=False, session=number % 3)
+    simulation.now = 8.0
+    wanted = admit("wanted", has_source=True, session=9)
+    counts = {
+        "admit": num_opcodes(lambda: admit("new", has_source=False, session=9)),
+        "load": num_opcodes(lambda: scheduler.load(9, 4)),
+        "progress": num_opcodes(lambda: scheduler.import_progressed(wanted, 9.0)),
+        "expire nothing": num_opcodes(lambda: scheduler.expire(9.0)),
+        "cancel": num_opcodes(lambda: scheduler.cancel(late, now=9.0)),
+        "end session": num_opcodes(lambda: scheduler.end_session(9, 9.0)),
+    }
+    scheduler.check_integrity()
+    return counts
