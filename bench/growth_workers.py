@@ -132,8 +132,8 @@ def measure_prefill(num_waiting: int) -> Times:
     for _ in range(NUM_REPEATS):
         planned_us.append(time_each(lambda now: plans.append(core.plan(now)), [1.0]))
         applied_us.append(time_each(lambda plan: core.apply(result_of(plan), 1.0), plans[-1:]))
-    times["plan"] = statistics.median(planned_us)
-    times["apply"] = statistics.median(applied_us)
+    times["plan"] = round(statistics.median(planned_us), 1)
+    times["apply"] = round(statistics.median(applied_us), 1)
     core.check_integrity()
     return times
 
