@@ -55,7 +55,7 @@ def take_samples(
         return
     finished, reasons = _finished(batch, samples)
     sequences = [batch.sequences[row] for row in _row_numbers(batch, samples.rows)[finished]]
-    last_indices = samples.indices[finished].tolist()
+    indices = samples.indices
     if batch.num_held:
         samples, reported_ends, reported_reasons = _hold_back(batch, samples, finished, reasons)
     else:
@@ -71,8 +71,8 @@ def take_samples(
             samples.logprobs,
         )
         outbox.add_columns(batch.sessions[samples.rows], output, reported_ends)
-    for sequence, index in zip(sequences, last_indices, strict=True):
-        first_index = sequence.attempt.work.next_index
+    for sequence, number in zip(sequences, finished.tolist(), strict=True):
+        index, first_index = int(indices[number]), sequence.attempt.work.next_index
         roster.finish(sequence, index + 1 - first_index, now)
 
 
