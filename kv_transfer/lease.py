@@ -209,7 +209,7 @@ class LeaseTable:
         self._outcome_retention_s = outcome_retention_s
         self._new_id = new_id
         self._lock = threading.Lock()
-        """Held for a few assignments at a time: every change of state, and the renewals."""
+        """Held for a few assignments at a time: every change of state, and each renewal."""
         self._by_id: dict[int, Lease] = {}
         """ALIVE ones and those whose outcome is still kept. Written by the engine thread."""
         self._by_key: dict[AttemptKey, Lease] = {}
@@ -393,8 +393,8 @@ class LeaseTable:
         Whatever a reader does not name expires, so that a forgotten lease is not kept by the
         reader's heartbeats.
         """
-        with self._lock:
-            for lease_id in lease_ids:
+        for lease_id in lease_ids:
+            with self._lock:  # for each: the engine thread must not wait for a long heartbeat
                 lease = self._by_id.get(lease_id)
                 if lease is not None and lease.reader == reader and lease in self._renewals:
                     self._renew(lease, now)
