@@ -18,7 +18,7 @@ from paceline.kv_transfer.lease import FirstToken, Lease, LeaseTable, Progress
 from paceline.request import AttemptKey, Span
 from paceline.worker.core import Peer
 from paceline.worker.identity import WorkerIdentity
-from paceline.worker.kv_owner import KvOwner
+from paceline.worker.kv_owner import KvOwner, _Subscription
 from paceline.worker.kv_reader import KvReader
 from paceline.worker.mailbox import Mailbox
 
@@ -151,6 +151,24 @@ async def test_blocks_are_read_as_they_are_published_and_confirmed() -> None:
         sources = list(lease.block_ids)
         assert torch.equal(pair.reader_pool.blocks[10:13], pair.owner_pool.blocks[sources])
         assert [settled.key for settled in pair.leases.settle()] == [KEY]
+
+
+async def test_a_settled_lease_is_not_told_again() -> None:
+    """Its block list is gone: an update would have tokens without their blocks."""
+    pair = Pair()
+    async with pair.run() as reader:
+        lease = pair.grant(1)
+        reader.begin(KEY, pair.peer, 16, [10], 0)
+        pair.publish(lease, Progress(16, FIRST))
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert pair.leases.settle() == [lease]
+        [session] = pair.owner._sessions.values()
+        session.subscriptions[KEY] = _Subscription()
+        told: list[kv_pb2.ReadLeasesResponse] = []
+        session.stream.send = told.append  # type: ignore[method-assign]
+        pair.owner.notify_changed(lease)
+        await pair.until(lambda: not session.subscriptions)
+        assert told == []
 
 
 async def test_a_proxy_in_the_environment_does_not_stop_an_import(
