@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 
+from paceline.errors import TransferError
 from paceline.failpoints import Failpoints
 from paceline.internal.v1 import kv_pb2, kv_pb2_grpc
 from paceline.kv_transfer.lease import Lease, LeaseState, LeaseTable
@@ -27,6 +28,11 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
 """Of a message that says nothing; several must fit into kv.silence_limit_s."""
+MAX_READERS = 1024
+"""Sessions at a time; a deployment has one for each decode worker."""
+MAX_SUBSCRIPTIONS = 65_536
+"""Of one reader: many times the sequences that a decode worker holds."""
+
 OwnerStream = Outgoing[kv_pb2.ReadLeasesResponse]
 
 
@@ -45,6 +51,9 @@ class _ReaderSession:
         self.reader = reader
         self.stream = stream
         self.subscriptions: dict[AttemptKey, _Subscription] = {}
+        """To leases that may still grow, or that are not granted yet."""
+        self.unconfirmed: dict[int, AttemptKey] = {}
+        """Leases that are complete, by id; bounded by the leases that live."""
 
 
 class KvOwner(kv_pb2_grpc.KvServiceServicer):
@@ -90,12 +99,15 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
             return
         reader = f"{hello.hello.worker_id}.{hello.hello.incarnation}"
+        if reader not in self._sessions and len(self._sessions) >= MAX_READERS:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{self._identity.name} has {MAX_READERS} readers, and takes no more",
+            )
+            return
         stream: OwnerStream = Outgoing(kv_pb2.ReadLeasesResponse(), HEARTBEAT_S)
         session = _ReaderSession(reader, stream)
-        if reader in self._sessions:
-            # The reader opened a new stream before we saw the old one end.
-            self._sessions[reader].stream.close()
-        self._sessions[reader] = session
+        self._begin(session)
         peer = self._transport.accept(reader, _StreamChannel(stream), self._leases.is_readable)
         stream.send(
             kv_pb2.ReadLeasesResponse(
@@ -114,9 +126,28 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
             receiving.cancel()
             stream.close()
             peer.close()
-            if self._sessions.get(reader) is session:
-                del self._sessions[reader]
-                self._mailbox.post(lambda now: self._on_reader_lost(reader, now))
+            self._end(session)
+
+    def _begin(self, session: _ReaderSession) -> None:
+        """Register a session; one of the same reader that we have not seen end is over.
+
+        The reader has given up what it read over that one, and nothing else: leases that were
+        granted meanwhile are for the new session.
+        """
+        old = self._sessions.get(session.reader)
+        self._sessions[session.reader] = session
+        if old is not None:
+            old.stream.close()
+            for key in (*old.subscriptions, *old.unconfirmed.values()):
+                self._release(session.reader, key)
+
+    def _end(self, session: _ReaderSession) -> None:
+        if self._sessions.get(session.reader) is session:
+            del self._sessions[session.reader]
+            self._mailbox.post(lambda now: self._on_reader_lost(session.reader, now))
+
+    def _release(self, reader: str, key: AttemptKey) -> None:
+        self._mailbox.post(lambda now: self._on_released(reader, key, now))
 
     def _refusal(self, hello: kv_pb2.ReaderHello) -> str:
         if hello.owner_incarnation != self._identity.incarnation:
@@ -143,6 +174,8 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
         try:
             async for request in requests:
                 self._take(session, peer, request)
+        except TransferError as error:
+            logger.warning("event=kv_session_ended reader=%s reason=%s", session.reader, error)
         finally:
             session.stream.close()
 
@@ -153,6 +186,11 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
         kind = request.WhichOneof("message")
         if kind == "subscribe":
             key = AttemptKey(request.subscribe.request_id, request.subscribe.attempt)
+            if len(session.subscriptions) >= MAX_SUBSCRIPTIONS:
+                raise TransferError(
+                    f"{session.reader} has subscribed to {MAX_SUBSCRIPTIONS} attempts that are not "
+                    "complete; its session ends"
+                )
             session.subscriptions[key] = _Subscription()
             lease = self._leases.find(key)
             if lease is not None:
@@ -164,6 +202,7 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
             self._failpoints.hit("confirm_received")
             lease_id = request.confirm.lease_id
             held = self._leases.confirm(lease_id, session.reader, now)
+            session.unconfirmed.pop(lease_id, None)
             verdict = kv_pb2.Verdict(lease_id=lease_id, held=held)
             session.stream.send(kv_pb2.ReadLeasesResponse(verdict=verdict))
             if held:
@@ -172,7 +211,9 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
         elif kind == "release":
             key = AttemptKey(request.release.request_id, request.release.attempt)
             session.subscriptions.pop(key, None)
-            self._mailbox.post(lambda now: self._on_released(session.reader, key, now))
+            if (lease := self._leases.find(key)) is not None:
+                session.unconfirmed.pop(lease.lease_id, None)
+            self._release(session.reader, key)
         elif kind == "transport":
             peer.on_message(request.transport.payload)
 
@@ -183,6 +224,8 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
 
     def _forward(self, session: _ReaderSession, lease: Lease) -> None:
         """Send what the reader has not been told of its lease."""
+        if lease.state is LeaseState.REVOKED:
+            session.unconfirmed.pop(lease.lease_id, None)
         told = session.subscriptions.get(lease.key)
         if told is None or lease.reader != session.reader:
             return
@@ -215,6 +258,8 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
         if complete:
             # Nothing can be added, and from here on the confirmation decides.
             del session.subscriptions[lease.key]
+            if lease.state is LeaseState.ALIVE:
+                session.unconfirmed[lease.lease_id] = lease.key
 
 
 class _StreamChannel:

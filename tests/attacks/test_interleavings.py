@@ -335,7 +335,7 @@ class KvStream:
         """As in `KvOwner.ReadLeases`."""
         owner = self.owner.owner
         self.session = kv_owner._ReaderSession(self.reader_name, self.to_reader)
-        owner._sessions[self.reader_name] = self.session
+        owner._begin(self.session)
         welcome = kv_pb2.OwnerWelcome(
             worker_id=self.owner.peer.worker_id,
             incarnation=1,
@@ -347,10 +347,8 @@ class KvStream:
         owner = self.owner.owner
         self.owner_saw_end = True
         self.to_reader.close()
-        if self.session is not None and owner._sessions.get(self.reader_name) is self.session:
-            del owner._sessions[self.reader_name]
-            core: Any = self.owner.core
-            self.owner.mailbox.post(lambda now: core.reader_lost(self.reader_name, now))
+        if self.session is not None:
+            owner._end(self.session)
 
     def moves(self) -> list[Callable[[], object]]:
         moves: list[Callable[[], object]] = []
@@ -645,6 +643,7 @@ class World:
             assert prefill.leases.num_undecided == 0
             for session in prefill.owner._sessions.values():
                 assert not session.subscriptions, "subscriptions are left"
+                assert not session.unconfirmed, "leases are left without a confirmation"
         assert not self.dispatcher.running.streams
         assert not self.dispatcher.running.attempts
         for request in self.requests:

@@ -19,7 +19,7 @@ from paceline.request import AttemptKey, Span
 from paceline.worker.core import Peer
 from paceline.worker.identity import WorkerIdentity
 from paceline.worker.kv_owner import KvOwner, _Subscription
-from paceline.worker.kv_reader import KvReader
+from paceline.worker.kv_reader import KvReader, OwnerLink
 from paceline.worker.mailbox import Mailbox
 
 TIMEOUT_S = 20.0
@@ -363,6 +363,55 @@ async def test_a_reader_that_is_gone_is_told_to_the_owners_engine() -> None:
         link = reader.connect(pair.peer)
         await pair.until(lambda: link._connection is not None)
         await reader.close()
+        await pair.until(lambda: pair.lost_readers == [READER.name])
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+async def test_a_reader_that_connects_again_gives_up_what_it_read_over_its_old_session(
+    is_complete: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not what was granted for the new one before the owner saw that."""
+    pair = Pair()
+    async with pair.run() as reader:
+        lease = await pair.import_half(reader)
+        if is_complete:
+            monkeypatch.setattr(OwnerLink, "_confirm_if_read", lambda link, found: None)
+            pair.publish(lease, Progress(32, FIRST))
+            await pair.until(lambda: "imported" in pair.heard.calls)
+        pair.leases.grant(AttemptKey("granted meanwhile", 1), READER.name, time.monotonic())
+        # The owner does not see the end of the old stream.
+        again = pair.make_reader(READER)
+        link = again.connect(pair.peer)
+        await pair.until(lambda: link._connection is not None)
+        await pair.until(lambda: pair.released == [KEY])
+        assert pair.lost_readers == []
+        await again.close()
+
+
+async def test_an_owner_takes_no_more_readers_than_its_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("paceline.worker.kv_owner.MAX_READERS", 1)
+    pair = Pair()
+    async with pair.run() as reader:
+        link = reader.connect(pair.peer)
+        await pair.until(lambda: link._connection is not None)
+        other = pair.make_reader(replace(READER, worker_id="decode-1"))
+        other.begin(KEY, pair.peer, 16, [10], 0)
+        await pair.until(lambda: "ended" in pair.heard.calls)
+        assert "prefill-0.7 has 1 readers, and takes no more" in pair.heard.reason
+        await other.close()
+
+
+async def test_a_reader_that_subscribes_without_end_loses_its_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("paceline.worker.kv_owner.MAX_SUBSCRIPTIONS", 8)
+    pair = Pair()
+    async with pair.run() as reader:
+        for number in range(9):
+            reader.begin(AttemptKey("never granted", number), pair.peer, 16, [10], 0)
+        await pair.until(lambda: pair.heard.calls.count("ended") == 9)
         await pair.until(lambda: pair.lost_readers == [READER.name])
 
 
