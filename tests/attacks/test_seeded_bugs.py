@@ -14,13 +14,14 @@ from simulated_pair import SimulatedCluster
 from paceline.decode_worker.attempts import Attempt
 from paceline.decode_worker.departures import Departures
 from paceline.decode_worker.roster import Roster
-from paceline.kv_transfer.lease import LeaseState, LeaseTable
+from paceline.kv_transfer.lease import LeaseTable
 from paceline.router.attempt import Attempt as RouterAttempt
 from paceline.router.dispatch import Dispatcher
-from paceline.router.placement import Role
 from paceline.router.route_health import RouteHealth
+from paceline.router.running_work import RunningWork
 from paceline.router.setbacks import Setbacks
-from paceline.router.silence import Silence
+from paceline.router.worker_view import Role
+from paceline.silence import Silence
 
 ORACLE = arithmetic_oracle(500)
 NUM_RUNS = 6
@@ -188,19 +189,19 @@ def free_under_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget_the_prefill_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """A first token that is the last one cancels nothing there, and heartbeats renew all."""
-    finished = Dispatcher._drop_finished
+    finished = RunningWork.drop_finished
 
-    def drop(self: Dispatcher, stream: Any, *, skip: str | None) -> None:
+    def drop(self: RunningWork, stream: Any, *, skip: str | None) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RouterAttempt, "workers", lambda attempt: (attempt.decode_id,))
             finished(self, stream, skip=skip)
 
-    def renew(self: LeaseTable, reader: str, now: float, lease_ids: Any = ()) -> None:
-        for lease in self._by_id.values():
-            if lease.reader == reader and lease.state is LeaseState.ALIVE:
-                lease.renewed_s = now
+    renew_named = LeaseTable.renew
 
-    monkeypatch.setattr(Dispatcher, "_drop_finished", drop)
+    def renew(self: LeaseTable, reader: str, now: float, lease_ids: Any) -> None:
+        renew_named(self, reader, now, list(self._by_id))
+
+    monkeypatch.setattr(RunningWork, "drop_finished", drop)
     monkeypatch.setattr(LeaseTable, "renew", renew)
 
 

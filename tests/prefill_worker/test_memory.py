@@ -34,7 +34,7 @@ class Worker:
     def __init__(self) -> None:
         self.simulation = PrefillSimulation(num_blocks=64)
         self.leases = LeaseTable(self.simulation.allocator, 5.0, outcome_retention_s=1.0)
-        self.routers = RouterSessions(0.25)
+        self.routers = RouterSessions()
         self.to_router: Outgoing[Any] = Outgoing()
         self.routers.open(1, self.to_router)
         scheduler: Any = self.simulation.scheduler
@@ -91,7 +91,7 @@ class Worker:
             self.hear(kv_pb2.ReadLeasesRequest(confirm=confirm))
         self.mailbox.run_calls(self.now)
         self.core.tick(self.now)
-        self.routers.report(self.core, self.now)
+        self.routers.report(self.core)
         assert self.to_router._waiting
         assert self.to_reader._waiting
         self.to_router._waiting.clear()  # as if they had been sent

@@ -30,7 +30,7 @@ from paceline.engine.block_allocator import BlockAllocator
 from paceline.engine.prefix_cache import CachedBlock, PrefixCache
 from paceline.errors import CancelledError
 from paceline.failpoints import Failpoints
-from paceline.internal.v1 import kv_pb2
+from paceline.internal.v1 import kv_pb2, worker_pb2
 from paceline.kv_transfer.lease import LeaseTable
 from paceline.kv_transfer.read_handle import PendingRead
 from paceline.prefill_worker.core import PrefillCore
@@ -57,6 +57,8 @@ LEASE_TTL_S = 5.0
 PROMISE_TTL_S = 20.0
 SILENCE_LIMIT_S = 2.0
 FAULTS = ("kv", "router", "read", "expire", "cancel", "beat", "beat", "absent", "refuse")
+
+HEARTBEAT = worker_pb2.SessionResponse(step=worker_pb2.StepReport())
 
 
 class SimLoop:
