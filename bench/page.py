@@ -14,7 +14,7 @@ WIDTH = 1000.0
 MAX_ROWS = 200
 """Requests in the timeline; more cannot be told apart."""
 NUM_BINS = 40
-PHASE_ORDER = ("queue", "wait", "prefill", "kv_transfer", "decode")
+PHASE_ORDER = ("queue", "wait", "prefill", "router", "kv_transfer", "decode")
 
 
 class Bar(NamedTuple):

@@ -160,6 +160,7 @@ def summarize(
         "queue": Distribution.of([record.phases.queue_s for record in good]),
         "wait": Distribution.of([record.phases.wait_s for record in good]),
         "prefill": Distribution.of([record.phases.prefill_s for record in good]),
+        "router": Distribution.of([record.phases.router_s for record in good]),
         "kv_transfer": Distribution.of([record.phases.kv_transfer_s for record in good]),
         "decode": Distribution.of([record.phases.decode_s for record in good]),
     }

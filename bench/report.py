@@ -16,6 +16,7 @@ NAMES = {
     "queue": "phase: queue",
     "wait": "phase: worker wait",
     "prefill": "phase: prefill",
+    "router": "phase: router wait",
     "kv_transfer": "phase: KV transfer",
     "decode": "phase: decode",
 }

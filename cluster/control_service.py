@@ -152,6 +152,8 @@ def _process(process: Supervised, settings: DeploymentSettings) -> control_pb2.P
         message.num_free_blocks = report.num_free_blocks
         message.num_running = report.num_running
         message.num_waiting = report.num_waiting
+        message.lag_s = report.lag_s
+        message.max_lag_s = report.max_lag_s
         if report.loading is not None and not message.message:
             message.message = f"{report.loading.step}: {report.loading.fraction:.0%}"
     return message

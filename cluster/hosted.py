@@ -38,6 +38,9 @@ class HostedLoad(NamedTuple):
     num_free_blocks: int = 0
     num_running: int = 0
     num_waiting: int = 0
+    lag_s: float = 0.0
+    """How late a router's event loop was, as the mean of the last few seconds."""
+    max_lag_s: float = 0.0
     model_name: str = ""
     """Routers say which model they serve."""
 

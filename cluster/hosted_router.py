@@ -52,6 +52,8 @@ class HostedRouter:
             is_idle=status.num_running == 0 and status.num_waiting == 0,
             num_running=status.num_running,
             num_waiting=status.num_waiting,
+            lag_s=status.lag.mean_s,
+            max_lag_s=status.lag.max_s,
             model_name=self._model_name,
         )
 

@@ -63,6 +63,8 @@ class ActiveRequest:
     tokens_until_first: int = 0
     """Tokens that the first worker to compute its prompt had to compute until its end."""
     first_dispatch_s: float | None = field(default=None, init=False)
+    first_token_lag_s: float = field(default=0.0, init=False)
+    """How long the first token waited for this router."""
     first_token_s: float | None = field(default=None, init=False)
     last_token_s: float | None = field(default=None, init=False)
     ended_s: float | None = field(default=None, init=False)
@@ -104,6 +106,8 @@ class ActiveRequest:
         dispatched, first, last = self.first_dispatch_s, self.first_token_s, self.last_token_s
         queue_end = dispatched if dispatched is not None else self.ended_s
         until_first_s = 0.0 if first is None or dispatched is None else first - dispatched
+        router_s = min(self.first_token_lag_s, until_first_s)
+        until_first_s -= router_s
         computed_s = until_first_s if self.prompt_computed_s is None else self.prompt_computed_s
         prefill_s = min(max(computed_s, 0.0), until_first_s)
         return PhaseTimes(
@@ -111,5 +115,6 @@ class ActiveRequest:
             wait_s=until_first_s - prefill_s,
             prefill_s=prefill_s,
             kv_transfer_s=sum(s.end_s - s.start_s for s in self.spans if s.phase == "kv_transfer"),
+            router_s=router_s,
             decode_s=0.0 if first is None or last is None else last - first,
         )

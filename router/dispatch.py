@@ -212,7 +212,7 @@ class Dispatcher:
             self.running.drop_finished(stream, skip=None)
         for request in touched:
             if request.first_token_s is None:
-                request.first_token_s = now
+                request.first_token_s, request.first_token_lag_s = now, columns.lag_s
                 self._deadlines.first_token(request, now)
             request.last_token_s = now
             if not request.attempts and not request.waiting and request.journal.is_finished:

@@ -27,6 +27,7 @@ from paceline.router.active_request import ActiveRequest
 from paceline.router.chat_template import ChatMessage
 from paceline.router.dispatch import Dispatcher
 from paceline.router.journal import ChoiceDelta, RequestJournal, Text
+from paceline.router.lag import LoopLag
 from paceline.router.message_size import MAX_WORK_TOKENS
 from paceline.router.model import ServedModel
 from paceline.router.prompt_encoder import PromptEncoder
@@ -178,6 +179,7 @@ class Generations:
         settings: RouterSettings,
         encoder: PromptEncoder,
         dispatcher: Dispatcher,
+        lag: LoopLag,
         on_change: Callable[[], None],
     ) -> None:
         self._name_prefix = name_prefix
@@ -191,6 +193,7 @@ class Generations:
             if token_id < model.vocab_size  # the model never outputs the others
         }
         self._dispatcher = dispatcher
+        self._lag = lag
         self._on_change = on_change
         self._numbers = itertools.count(1)
 
@@ -258,11 +261,13 @@ class Generations:
             if times.wait_s > 0:
                 start_s = dispatched + to_unix
                 spans.append(Span("wait", router_id, start_s, start_s + times.wait_s))
+            if first is not None and times.router_s > 0:
+                end_s = first + to_unix
+                spans.append(Span("router", router_id, end_s - times.router_s, end_s))
             if first is not None and "prefill" not in reported:
                 num_tokens = len(request.journal.prompt)
-                spans.append(
-                    Span("prefill", router_id, dispatched + to_unix, first + to_unix, num_tokens)
-                )
+                start_s, end_s = dispatched + to_unix, first - times.router_s + to_unix
+                spans.append(Span("prefill", router_id, start_s, end_s, num_tokens))
         if first is not None and last is not None and "decode" not in reported:
             num_tokens = request.journal.num_output_tokens
             spans.append(Span("decode", router_id, first + to_unix, last + to_unix, num_tokens))
@@ -359,8 +364,8 @@ def _log_end(request: ActiveRequest) -> None:
     total_s = 0.0 if request.ended_s is None else request.ended_s - request.arrived_s
     logger.info(
         "request_end request_id=%s outcome=%s finish=%s prompt_tokens=%d completion_tokens=%d "
-        "cached_tokens=%d resumed=%d queue_s=%.4f wait_s=%.4f prefill_s=%.4f kv_transfer_s=%.4f "
-        "decode_s=%.4f total_s=%.4f%s",
+        "cached_tokens=%d resumed=%d queue_s=%.4f wait_s=%.4f prefill_s=%.4f router_s=%.4f "
+        "kv_transfer_s=%.4f decode_s=%.4f total_s=%.4f%s",
         request.request_id,
         "OK" if error is None else error.grpc_code,
         ",".join("-" if c.finish_reason is None else c.finish_reason.name for c in journal.choices),
@@ -371,6 +376,7 @@ def _log_end(request: ActiveRequest) -> None:
         times.queue_s,
         times.wait_s,
         times.prefill_s,
+        times.router_s,
         times.kv_transfer_s,
         times.decode_s,
         total_s,

@@ -17,6 +17,7 @@ from paceline.router.dispatch import Dispatcher
 from paceline.router.free_memory import return_memory_for_ever
 from paceline.router.generation import Generations
 from paceline.router.grpc_api import InferenceServicer
+from paceline.router.lag import Lag, LoopLag, watch_loop
 from paceline.router.message_size import default_request_bytes
 from paceline.router.model import ServedModel
 from paceline.router.prompt_encoder import PromptEncoder
@@ -57,6 +58,7 @@ class RouterStatus:
     num_waiting: int
     num_running: int
     """Requests that have been dispatched and have not ended"""
+    lag: Lag
     can_serve: bool
     """Whether connected workers can compute and decode a prompt"""
     workers: tuple[LinkStatus, ...]
@@ -104,6 +106,7 @@ class Router:
         self._settings = settings
         self._links: dict[str, WorkerLink] = {}
         self._company = Company()
+        self._lag = LoopLag()
         self._membership_version = 0
         self._membership_lock = asyncio.Lock()
         self._dispatcher = Dispatcher(settings, _LinkCommands(self._links), self._on_change)
@@ -118,6 +121,7 @@ class Router:
             settings=settings,
             encoder=self._encoder,
             dispatcher=self._dispatcher,
+            lag=self._lag,
             on_change=self._on_change,
         )
         self._health = health.aio.HealthServicer()
@@ -125,6 +129,7 @@ class Router:
         self._timer: asyncio.TimerHandle | None = None
         self._health_task: asyncio.Task[None] | None = None
         self._memory_task: asyncio.Task[None] | None = None
+        self._lag_task: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
         self._address = ""
 
@@ -161,6 +166,7 @@ class Router:
         await server.start()
         self._server = server
         self._memory_task = asyncio.create_task(return_memory_for_ever(), name="return memory")
+        self._lag_task = asyncio.create_task(watch_loop(self._lag), name="watch the loop")
         self._address = f"{settings.host}:{port}"
         self._on_change()
         logger.info(
@@ -185,9 +191,10 @@ class Router:
             self._timer.cancel()
         if self._health_task is not None:
             await self._health_task
-        if self._memory_task is not None:
-            self._memory_task.cancel()
-            await asyncio.gather(self._memory_task, return_exceptions=True)
+        for task in (self._memory_task, self._lag_task):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         await self._encoder.close()
 
     async def update_membership(self, version: int, workers: Sequence[WorkerMember]) -> None:
@@ -219,6 +226,7 @@ class Router:
             self._membership_version,
             dispatcher.num_waiting,
             sum(bool(request.attempts) for request in dispatcher.requests.values()),
+            self._lag.lag(_now()),
             dispatcher.placement.can_serve,
             tuple(self._link_status(link) for link in self._links.values()),
         )
@@ -231,6 +239,7 @@ class Router:
             settings=self._settings,
             dispatcher=self._dispatcher,
             company=self._company,
+            lag=self._lag,
             clock=_now,
             on_change=self._on_change,
         )

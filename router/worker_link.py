@@ -20,6 +20,7 @@ from paceline.request import AttemptKey, FinishReason
 from paceline.router.capacity import WorkerPool
 from paceline.router.dispatch import Dispatcher
 from paceline.router.journal import Logprobs
+from paceline.router.lag import LoopLag, MessageDelay
 from paceline.router.settings import RouterSettings
 from paceline.router.worker_messages import TokenColumns
 from paceline.router.worker_view import WorkerLoad, WorkerMember, WorkerView
@@ -52,6 +53,7 @@ class WorkerLink:
         settings: RouterSettings,
         dispatcher: Dispatcher,
         company: Company,
+        lag: LoopLag,
         clock: Callable[[], float],
         on_change: Callable[[], None],
     ) -> None:
@@ -68,6 +70,8 @@ class WorkerLink:
         self._settings = settings
         self._dispatcher = dispatcher
         self._company = company
+        self._lag = lag
+        self._delay = MessageDelay()
         self._patience = Patience(settings.worker_silence_limit_s)
         self._clock = clock
         self._on_change = on_change
@@ -224,8 +228,9 @@ class WorkerLink:
         worker_id, now, dispatcher = self.member.worker_id, self._clock(), self._dispatcher
         if kind == "step":
             step = answer.step
+            lag_s = self._lag_s(step, now)
             if step.stream_ids or step.finished_stream_ids:
-                dispatcher.tokens(worker_id, _columns(step), now)
+                dispatcher.tokens(worker_id, _columns(step, lag_s), now)
             if step.HasField("load"):
                 load = _load(step.load)
                 was_draining = self._is_draining()
@@ -254,6 +259,12 @@ class WorkerLink:
         if kind in ("admission", "failure"):
             self._on_change()
 
+    def _lag_s(self, step: worker_pb2.StepReport, now: float) -> float:
+        """Return how long the message has waited for this router."""
+        if not step.HasField("made_s"):  # a heartbeat
+            return 0.0
+        return self._lag.message(self._delay.of(step.made_s, now), now)
+
     def _is_draining(self) -> bool:
         view = self._dispatcher.placement.workers.get(self.member.worker_id)
         return view is not None and view.load.draining
@@ -264,7 +275,7 @@ async def _end_when_silent(silence: Silence, deadline: asyncio.Timeout) -> None:
     deadline.reschedule(asyncio.get_running_loop().time())
 
 
-def _columns(step: worker_pb2.StepReport) -> TokenColumns:
+def _columns(step: worker_pb2.StepReport, lag_s: float) -> TokenColumns:
     columns = step_columns_from_proto(step)
     finished: Sequence[tuple[int, FinishReason]] = ()
     if len(columns.finished_stream_ids):
@@ -284,6 +295,7 @@ def _columns(step: worker_pb2.StepReport) -> TokenColumns:
         columns.token_ids.tolist(),
         finished,
         logprobs,
+        lag_s,
     )
 
 

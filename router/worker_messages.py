@@ -18,6 +18,8 @@ class TokenColumns(NamedTuple):
     """(stream id, why) of choices that ended with their last token here."""
     logprobs: dict[int, Logprobs] | None = None
     """By position in the columns."""
+    lag_s: float = 0.0
+    """How long they have waited for this router."""
 
 
 class WorkerCommands(Protocol):

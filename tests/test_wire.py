@@ -326,7 +326,7 @@ def test_failure_reasons_are_those_of_the_proto() -> None:
 def test_spans_and_phase_times_come_out_as_they_went_in() -> None:
     span = Span("prefill", "prefill-0", 1.7e9 + 0.123456, 1.7e9 + 1.5, 512)
     assert span_from_proto(span_to_proto(span)) == span
-    times = PhaseTimes(0.1, 0.2, 0.3, 0.4, 0.5)
+    times = PhaseTimes(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     assert phase_times_from_proto(phase_times_to_proto(times)) == times
 
 

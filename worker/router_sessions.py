@@ -1,5 +1,6 @@
 """Sessions with routers: the engine thread's way to answer, and what each router was told."""
 
+import time
 from collections.abc import Iterable
 
 from paceline.internal.v1 import worker_pb2 as wire_messages
@@ -94,6 +95,7 @@ class RouterSessions:
 
     def _report(self, session: _Session, load: LoadReport | None) -> None:
         step = step_report(session.output or StepOutput())
+        step.made_s = time.monotonic()
         if load is not None:
             step.load.CopyFrom(load_message(load, session.num_dispatches_seen))
             session.reported = (load, session.num_dispatches_seen)

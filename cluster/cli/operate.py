@@ -98,6 +98,8 @@ def print_status(response: control_pb2.GetStatusResponse, num_events: int) -> No
         "blocks free",
         "running",
         "waiting",
+        "lag",
+        "max lag",
     ):
         right = name not in ("process", "state", "address", "device")
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
@@ -115,6 +117,10 @@ def print_status(response: control_pb2.GetStatusResponse, num_events: int) -> No
             blocks,
             str(process.num_running),
             str(process.num_waiting) if process.role == "router" else "",
+            *(
+                f"{lag_s * 1e3:.0f} ms" if process.role == "router" else ""
+                for lag_s in (process.lag_s, process.max_lag_s)
+            ),
             Text(
                 process.message, "red" if process.state == control_pb2.PROCESS_STATE_DEAD else "dim"
             ),

@@ -67,8 +67,9 @@ class Answer:
         return (
             f"{self.usage.prompt_tokens} + {self.usage.completion_tokens} tokens, {rate:.1f} "
             f"tokens/s · queue {times.queue_s * 1e3:.1f} ms, worker wait "
-            f"{times.wait_s * 1e3:.1f} ms, prefill {times.prefill_s * 1e3:.0f} ms, KV transfer "
-            f"{times.kv_transfer_s * 1e3:.1f} ms, decode {times.decode_s:.2f} s"
+            f"{times.wait_s * 1e3:.1f} ms, prefill {times.prefill_s * 1e3:.0f} ms, router wait "
+            f"{times.router_s * 1e3:.1f} ms, KV transfer {times.kv_transfer_s * 1e3:.1f} ms, "
+            f"decode {times.decode_s:.2f} s"
         )
 
 

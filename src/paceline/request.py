@@ -105,7 +105,7 @@ class Span(NamedTuple):
     """A stretch of a request's life on one process, for timelines. Unix seconds."""
 
     phase: str
-    """queue, wait, prefill, kv_transfer or decode"""
+    """queue, wait, prefill, router, kv_transfer or decode"""
     worker_id: str
     start_s: float
     end_s: float
@@ -119,12 +119,14 @@ class PhaseTimes:
     queue_s: float = 0.0
     """From arrival to (first) dispatch."""
     wait_s: float = 0.0
-    """From dispatch to the first token, without `prefill_s`: the wait for a step at the worker,
-    the way there and back, and earlier attempts that gave no token."""
+    """From dispatch to the first token, without `prefill_s` and `router_s`: the wait for a step
+    at the worker, the way there and back, and earlier attempts that gave no token."""
     prefill_s: float = 0.0
     """From the start of the prompt's first chunk to the end of its last, by the worker's clock. If
-    the worker did not report it: from dispatch to the first token."""
+    the worker did not report it: from dispatch to the first token, without `router_s`."""
     kv_transfer_s: float = 0.0
     """From the first read's start to the confirmation, at the decode worker."""
     decode_s: float = 0.0
     """From the first to the last token."""
+    router_s: float = 0.0
+    """How long the first token waited for the router, whose event loop was busy."""

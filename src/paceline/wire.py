@@ -315,6 +315,7 @@ def phase_times_to_proto(times: PhaseTimes) -> inference_pb2.PhaseTimes:
         prefill_s=times.prefill_s,
         kv_transfer_s=times.kv_transfer_s,
         decode_s=times.decode_s,
+        router_s=times.router_s,
     )
 
 
@@ -325,6 +326,7 @@ def phase_times_from_proto(message: inference_pb2.PhaseTimes) -> PhaseTimes:
         prefill_s=message.prefill_s,
         kv_transfer_s=message.kv_transfer_s,
         decode_s=message.decode_s,
+        router_s=message.router_s,
     )
 
 

@@ -40,6 +40,20 @@ def test_no_phase_is_negative_or_too_long_when_a_workers_clock_jumps(computed_s:
     assert times.wait_s + times.prefill_s == 3.0
 
 
+@pytest.mark.parametrize("is_reported", [True, False])
+def test_the_time_that_the_first_token_waited_for_the_router_is_no_prefill(
+    is_reported: bool,
+) -> None:
+    request = make_active_request()
+    request.dispatched(1.0)
+    if is_reported:
+        request.add_spans(1, [chunk(0.0, 0.5)])
+    request.first_token_s = request.last_token_s = 4.0
+    request.first_token_lag_s = 2.0
+    wait_s, prefill_s = (0.5, 0.5) if is_reported else (0.0, 1.0)
+    assert request.phase_times() == PhaseTimes(1.0, wait_s, prefill_s, 0.0, 0.0, 2.0)
+
+
 def test_an_attempt_that_gave_no_token_counts_as_wait() -> None:
     request = make_active_request()
     request.dispatched(0.0)

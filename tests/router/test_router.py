@@ -492,3 +492,31 @@ async def test_port_in_use_is_an_error_that_names_the_setting(tmp_path: Path) ->
         with pytest.raises(ConfigError, match=r"cannot listen on .*change router\.grpc_port"):
             await second.start()
         await second.stop()
+
+
+def stop_watching(router: Router) -> None:
+    """Keep the real loop's lag out of what a test says of it."""
+    assert router._lag_task is not None
+    router._lag_task.cancel()
+
+
+async def test_a_first_token_that_waits_for_a_busy_router_is_no_prefill(tmp_path: Path) -> None:
+    async with router_deployment(tmp_path) as deployment:
+        prefill, router = deployment.prefill, deployment.router
+        stop_watching(router)
+        prefill.late_s = 0.0
+        await deployment.generate(make_request())  # its messages are the fastest
+        now = asyncio.get_running_loop().time()
+        router._lag.tick(0.02, 0.12, 0.12, now)  # busy, though hardly any timer is late
+        prefill.late_s, prefill.hold_at = 0.3, 0
+        call = asyncio.create_task(deployment.generate(make_request(include_timeline=True)))
+        await until(lambda: bool(prefill.running), "the prompt is at its worker")
+        began_s = time.monotonic()
+        await until(lambda: time.monotonic() > began_s + 0.4, "the token could be that late")
+        prefill.hold_at = None
+        answer = await call
+        times = answer.last.phase_times
+        assert times.router_s > 0.25
+        [wait] = [span for span in answer.last.timeline if span.phase == "router"]
+        assert wait.end_s - wait.start_s == pytest.approx(times.router_s, abs=1e-5)
+        assert router.status().lag.max_s >= times.router_s - 1e-5

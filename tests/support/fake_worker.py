@@ -129,6 +129,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         """Of each prompt, as it says when it admits one."""
         self.prefill_s: float | None = None
         """Report that a prompt took that long, by a clock that is an hour behind."""
+        self.late_s: float | None = None
+        """Say when each message was made: this long ago."""
         self.draining = False
         self.is_silent = False
         """Whether it sends no heartbeats, like a process that was stopped."""
@@ -201,8 +203,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             self.num_sessions -= 1
 
     async def report_load(self, stream: "_Stream") -> None:
-        step = worker_pb2.StepReport(load=self._load())
-        await stream.write(worker_pb2.SessionResponse(step=step))
+        await self._write_step(stream, worker_pb2.StepReport(load=self._load()))
 
     async def _read(self, stream: "_Stream") -> None:
         while isinstance(request := await stream.context.read(), worker_pb2.SessionRequest):
@@ -273,8 +274,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             )
             await stream.write(worker_pb2.SessionResponse(failure=failure))
         if columns.rows or columns.failed or columns.ended:
-            report = columns.report(self._load())
-            await stream.write(worker_pb2.SessionResponse(step=report))
+            await self._write_step(stream, columns.report(self._load()))
+
+    async def _write_step(self, stream: "_Stream", step: worker_pb2.StepReport) -> None:
+        if self.late_s is not None:
+            step.made_s = time.monotonic() - self.late_s
+        await stream.write(worker_pb2.SessionResponse(step=step))
 
     def _prefill(self, key: AttemptKey, running: _Running, columns: "_Columns") -> None:
         if key in self._fabric.confirmed:

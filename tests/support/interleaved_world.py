@@ -39,6 +39,7 @@ from paceline.request import AttemptKey, Work
 from paceline.router.active_request import ActiveRequest
 from paceline.router.capacity import WorkerPool
 from paceline.router.dispatch import Dispatcher
+from paceline.router.lag import LoopLag
 from paceline.router.settings import RouterSettings
 from paceline.router.worker_link import WorkerLink, _load
 from paceline.router.worker_view import Role, WorkerMember, WorkerView
@@ -532,6 +533,7 @@ class World:
             settings=RouterSettings(),
             dispatcher=self.dispatcher,
             company=Company(),
+            lag=LoopLag(),
             clock=lambda: self.now,
             on_change=lambda: None,
         )

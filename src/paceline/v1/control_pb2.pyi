@@ -166,6 +166,8 @@ class Process(_message.Message):
     STARTUP_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    LAG_S_FIELD_NUMBER: _builtins.int
+    MAX_LAG_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Such as prefill-0."""
     role: _builtins.str
@@ -192,6 +194,12 @@ class Process(_message.Message):
     """Why it failed or is late; empty when all is well."""
     device: _builtins.str
     """Where its model runs: cpu or cuda; empty for routers."""
+    lag_s: _builtins.float
+    """Routers: how late the event loop does what it should do now, in seconds, as the mean of the last
+    few seconds.
+    """
+    max_lag_s: _builtins.float
+    """The same, at most."""
     @_builtins.property
     def startup(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartupStep]:
         """Seconds from its start to READY, by step; in order."""
@@ -213,10 +221,12 @@ class Process(_message.Message):
         startup: _abc.Iterable[Global___StartupStep] | None = ...,
         message: _builtins.str = ...,
         device: _builtins.str = ...,
+        lag_s: _builtins.float = ...,
+        max_lag_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "memory_bytes", b"memory_bytes", "message", b"message", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "pid", b"pid", "role", b"role", "startup", b"startup", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "lag_s", b"lag_s", "max_lag_s", b"max_lag_s", "memory_bytes", b"memory_bytes", "message", b"message", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "pid", b"pid", "role", b"role", "startup", b"startup", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

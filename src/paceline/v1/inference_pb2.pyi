@@ -482,20 +482,23 @@ class PhaseTimes(_message.Message):
     PREFILL_S_FIELD_NUMBER: _builtins.int
     KV_TRANSFER_S_FIELD_NUMBER: _builtins.int
     DECODE_S_FIELD_NUMBER: _builtins.int
+    ROUTER_S_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
     """From arrival to the first dispatch."""
     wait_s: _builtins.float
-    """From dispatch to the first token, without prefill_s: the wait for a step at the worker, the way
-    there and back, and earlier attempts that gave no token.
+    """From dispatch to the first token, without prefill_s and router_s: the wait for a step at the
+    worker, the way there and back, and earlier attempts that gave no token.
     """
     prefill_s: _builtins.float
     """From the start of the prompt's first chunk to the end of its last, by the worker's clock. The
-    whole time from dispatch to the first token if the worker did not report it.
+    whole time from dispatch to the first token, without router_s, if the worker did not report it.
     """
     kv_transfer_s: _builtins.float
     """From the first KV read's start to its confirmation."""
     decode_s: _builtins.float
     """From the first to the last token."""
+    router_s: _builtins.float
+    """How long the first token waited for the router, whose event loop was busy."""
     def __init__(
         self,
         *,
@@ -504,10 +507,11 @@ class PhaseTimes(_message.Message):
         prefill_s: _builtins.float = ...,
         kv_transfer_s: _builtins.float = ...,
         decode_s: _builtins.float = ...,
+        router_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_s", b"decode_s", "kv_transfer_s", b"kv_transfer_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "wait_s", b"wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_s", b"decode_s", "kv_transfer_s", b"kv_transfer_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "router_s", b"router_s", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -525,7 +529,7 @@ class Span(_message.Message):
     END_S_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """queue, wait, prefill, kv_transfer or decode."""
+    """queue, wait, prefill, router, kv_transfer or decode."""
     worker_id: _builtins.str
     """The process, such as decode-0."""
     start_s: _builtins.float

@@ -431,6 +431,7 @@ class StepReport(_message.Message):
     FINISHED_STREAM_IDS_FIELD_NUMBER: _builtins.int
     FINISH_REASONS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    MADE_S_FIELD_NUMBER: _builtins.int
     stream_ids: _builtins.bytes
     """uint32 each: which (attempt, choice)."""
     indices: _builtins.bytes
@@ -441,6 +442,10 @@ class StepReport(_message.Message):
     """uint32 each: choices that ended with their token in this message."""
     finish_reasons: _builtins.bytes
     """uint8 each: paceline.v1.FinishReason of those."""
+    made_s: _builtins.float
+    """When it was made, in seconds by any steady clock of the worker's: messages that come later after
+    that than others have waited.
+    """
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
         """Log-probabilities, only of the tokens whose request asked."""
@@ -459,12 +464,15 @@ class StepReport(_message.Message):
         finished_stream_ids: _builtins.bytes = ...,
         finish_reasons: _builtins.bytes = ...,
         load: Global___Load | None = ...,
+        made_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_made_s", b"_made_s", "load", b"load", "made_s", b"made_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reasons", b"finish_reasons", "finished_stream_ids", b"finished_stream_ids", "indices", b"indices", "load", b"load", "logprobs", b"logprobs", "stream_ids", b"stream_ids", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_made_s", b"_made_s", "finish_reasons", b"finish_reasons", "finished_stream_ids", b"finished_stream_ids", "indices", b"indices", "load", b"load", "logprobs", b"logprobs", "made_s", b"made_s", "stream_ids", b"stream_ids", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__made_s: _TypeAlias = _typing.Literal["made_s"]  # noqa: Y015
+    _WhichOneofArgType__made_s: _TypeAlias = _typing.Literal["_made_s", b"_made_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__made_s) -> _WhichOneofReturnType__made_s | None: ...
 
 Global___StepReport: _TypeAlias = StepReport  # noqa: Y015
 
