@@ -27,7 +27,7 @@ from paceline.router.active_request import ActiveRequest
 from paceline.router.chat_template import ChatMessage
 from paceline.router.dispatch import Dispatcher
 from paceline.router.journal import ChoiceDelta, RequestJournal, Text
-from paceline.router.lag import LoopLag
+from paceline.router.lag import LoopLag, check_lag
 from paceline.router.message_size import MAX_WORK_TOKENS
 from paceline.router.model import ServedModel
 from paceline.router.prompt_encoder import PromptEncoder
@@ -201,6 +201,7 @@ class Generations:
         """Validate and queue a request; raises a RequestError that says why it is refused."""
         arrived_s = asyncio.get_running_loop().time()
         number = next(self._numbers)
+        check_lag(self._lag.lag(arrived_s), self._settings.max_lag_s)
         self._dispatcher.queue.check_room()  # before the work of tokenizing
         timeout_s, limit = self._timeout(call)
         try:

@@ -12,6 +12,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from paceline.errors import OverloadedError
+
 WINDOW_S = 5.0
 """Of the mean and the maximum: long beside a pause that does no harm."""
 _BUCKET_S = 1.0
@@ -113,6 +115,17 @@ class LoopLag:
     def lag(self, now: float) -> Lag:
         timers, messages = self._timers.lag(now), self._messages.lag(now)
         return Lag(max(timers.mean_s, messages.mean_s), max(timers.max_s, messages.max_s))
+
+
+def check_lag(lag: Lag, limit_s: float) -> None:
+    """Raise OverloadedError if a router that is so late should take no new request."""
+    if lag.mean_s > limit_s:
+        raise OverloadedError(
+            f"this router is {lag.mean_s:.2f} s behind with its streams (mean of the last "
+            f"{WINDOW_S:g} s, at most {lag.max_s:.2f} s), and router.max_lag_s is {limit_s:g}. Try "
+            f"again in about {WINDOW_S:g} s, send to another router, or raise router.replicas",
+            retry_after_s=WINDOW_S,
+        )
 
 
 async def watch_loop(lag: LoopLag) -> None:

@@ -26,6 +26,14 @@ class RouterSettings(BaseModel):
         description="Requests that may wait for a worker; a further one is refused with a retry "
         "delay. Resumed requests do not count: they have been accepted already.",
     )
+    max_lag_s: float = Field(
+        default=1.0,
+        gt=0,
+        description="A router whose event loop is this many seconds late, as the mean of the last "
+        "5 s, refuses new requests with a retry delay: its streams stand still for that long, and "
+        "more of them would make it worse. A single pause is far below; more replicas share the "
+        "work.",
+    )
     default_timeout_s: float = Field(
         default=1800.0,
         gt=0,

@@ -520,3 +520,26 @@ async def test_a_first_token_that_waits_for_a_busy_router_is_no_prefill(tmp_path
         [wait] = [span for span in answer.last.timeline if span.phase == "router"]
         assert wait.end_s - wait.start_s == pytest.approx(times.router_s, abs=1e-5)
         assert router.status().lag.max_s >= times.router_s - 1e-5
+
+
+async def test_a_router_that_is_late_refuses_new_requests_and_goes_on_with_others(
+    tmp_path: Path,
+) -> None:
+    async with router_deployment(tmp_path) as deployment:
+        router, decode = deployment.router, deployment.decode
+        stop_watching(router)
+        decode.hold_at = 3
+        running = asyncio.create_task(deployment.generate(make_request()))
+        await until(lambda: bool(decode.running), "it runs")
+        now = asyncio.get_running_loop().time()
+        for number in range(3):
+            router._lag.tick(1.5, 1.6, 1.6, now + 0.01 * number)
+        assert router.status().lag.mean_s == pytest.approx(1.5)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await deployment.generate(make_request())
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "1.50 s behind" in str(caught.value.details())
+        assert "router.max_lag_s is 1." in str(caught.value.details())
+        assert "router.replicas" in str(caught.value.details())
+        decode.hold_at = None
+        assert len((await running).tokens[0]) == 12
