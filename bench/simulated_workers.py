@@ -3,6 +3,7 @@ capacity of the pair is known. For benchmarks of the router."""
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -104,6 +105,7 @@ class _Rows:
             finished_stream_ids=pack_uint32(self.finished),
             finish_reasons=bytes([inference_pb2.FINISH_REASON_STOP]) * len(self.finished),
             load=load,
+            made_s=time.monotonic(),
         )
         return worker_pb2.SessionResponse(step=step)
 
