@@ -125,6 +125,16 @@ class Deadlines:
             took_s = now - request.first_dispatch_s
             self._times.note_first_token(request.tokens_until_first, took_s, now)
 
+    def expired(self, request: ActiveRequest, now: float) -> None:
+        """Note a request whose deadline passes. If its first token should have come by now, the
+        estimate is too low; those that are answered would never say so."""
+        if request.first_dispatch_s is None or request.first_token_s is not None:
+            return
+        waited_s = now - request.first_dispatch_s
+        is_running = request.num_attempts == 1 and bool(request.attempts)
+        if is_running and waited_s > self._times.first_token_s(request.tokens_until_first):
+            self._times.note_first_token(request.tokens_until_first, waited_s, now)
+
     def ended(self, request: ActiveRequest, now: float) -> None:
         """Note the end of a request that was taken."""
         journal = request.journal
@@ -144,17 +154,8 @@ class Deadlines:
                     is_open=request.max_tokens_is_default,
                     now=now,
                 )
-        if request.num_attempts != 1:
-            return
-        if first is None or last is None:
-            self._note_no_first_token(request, now - dispatched, now)
+        if request.num_attempts != 1 or first is None or last is None:
             return
         num_steps = max(len(choice.output) for choice in journal.choices) - 1
         if num_steps > 0:
             self._times.note_inter_token((last - first) / num_steps, now)
-
-    def _note_no_first_token(self, request: ActiveRequest, waited_s: float, now: float) -> None:
-        """Learn from a request that ended without a first token, if that has taken longer than
-        expected: without it, only those that were fast enough would be known."""
-        if waited_s > self._times.first_token_s(request.tokens_until_first):
-            self._times.note_first_token(request.tokens_until_first, waited_s, now)

@@ -106,6 +106,7 @@ class Dispatcher:
 
     def expire(self, request: ActiveRequest, limit: str, now: float) -> None:
         """End a request whose deadline has passed; `limit` names it."""
+        self._deadlines.expired(request, now)
         times = request.phase_times()
         where = (
             f"{request.journal.num_output_tokens} tokens were generated"

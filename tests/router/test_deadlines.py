@@ -170,11 +170,37 @@ def test_a_larger_pool_is_believed_at_once(world: World) -> None:
 def test_a_pool_that_restarts_takes_requests_meanwhile(world: World) -> None:
     world.offer(5 * CAPACITY_PER_S, 20.0, 4.0)
     world.cluster.kill("decode-0", world.now)
+    world.submit_many(20, 4.0)  # the pace of before says nothing of the workers to come
     world.offer(CAPACITY_PER_S, 6.0, 4.0)  # those before have expired
-    request = world.submit(4.0)
+    request = world.submit(8.0)
     world.join(1)
-    world.offer(0.0, 4.0, 4.0)
+    world.offer(0.0, 8.0, 4.0)
+    assert request.is_done
     assert request.error is None
+
+
+def test_work_that_a_worker_lost_says_nothing_of_how_long_prompts_take(world: World) -> None:
+    world.offer(CAPACITY_PER_S, 10.0, 4.0)
+    world.offer(0.0, 2.0, 4.0)
+    times = world.cluster.dispatcher._deadlines._times
+    before_s = times.first_token_s(3)
+    for _ in range(NUM_SLOTS):
+        world.submit(4.0)
+    world.cluster.kill("decode-0", world.now)
+    world.offer(0.0, 5.0, 4.0)
+    assert not world.cluster.dispatcher.requests  # all have expired
+    assert times.first_token_s(3) == before_s
+
+
+def test_prompts_that_give_no_token_in_time_lengthen_the_estimate(world: World) -> None:
+    world.offer(CAPACITY_PER_S, 10.0, 4.0)
+    world.offer(0.0, 2.0, 4.0)
+    dispatcher = world.cluster.dispatcher
+    late = [world.submit(4.0) for _ in range(NUM_SLOTS)]
+    world.now += 4.0  # the worker takes no step
+    for request in late:
+        dispatcher.expire(request, "its deadline", world.now)
+    assert dispatcher._deadlines._times.first_token_s(3) > 1.0
 
 
 def test_a_wrong_estimate_is_corrected_by_requests_that_get_through(world: World) -> None:
