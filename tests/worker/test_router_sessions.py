@@ -91,3 +91,14 @@ async def test_a_session_that_has_ended_is_told_nothing() -> None:
     sessions.send_failure(7, (3,), FailureReason.INTERNAL, "x")
     sessions.report(core)
     assert len(sent) == 1
+
+
+async def test_every_report_says_when_it_was_made_by_a_clock_that_never_goes_back() -> None:
+    core = LoadedCore()
+    sessions, sent = await open_sessions(core)
+    for stream_id in range(3):
+        sessions.send_output(7, make_output(stream_id))
+        sessions.report(core)
+    times_s = [message.step.made_s for message in sent if message.step.HasField("made_s")]
+    assert len(times_s) == len(sent)
+    assert times_s == sorted(times_s)
