@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -286,7 +287,7 @@ class Router:
 
 
 def _now() -> float:
-    return asyncio.get_running_loop().time()
+    return time.monotonic()  # asyncio's clock, on any thread
 
 
 def _address(member: WorkerMember) -> worker_pb2.WorkerAddress:
