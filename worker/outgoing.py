@@ -1,15 +1,25 @@
 """The sending half of a gRPC stream, fed from any thread."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Generic, TypeVar
 
+logger = logging.getLogger(__name__)
+
 Message = TypeVar("Message")
+
+MAX_WAITING = 65_536
+"""Messages: far more than one moment brings, all requests of a worker answered at once included. So
+many wait only when the peer does not read."""
 
 
 class Outgoing(Generic[Message]):
     """Messages on their way out of one stream, in the order of `send`.
+
+    A stream whose peer does not read ends when MAX_WAITING messages wait: what ends with it is work
+    that others can do.
 
     Made on the io loop. `send` and `close` may be called on any thread and never block; the io loop
     is woken once for any number of messages that wait.
@@ -34,6 +44,11 @@ class Outgoing(Generic[Message]):
     def send(self, message: Message) -> None:
         """Queue a message; dropped when the stream is closed."""
         if self._closed:
+            return
+        if len(self._waiting) >= MAX_WAITING:
+            logger.warning("event=stream_ended reason=unread num_waiting=%d", MAX_WAITING)
+            self.close()
+            self._waiting.clear()
             return
         self._waiting.append(message)
         self._request_wake()
@@ -60,7 +75,11 @@ class Outgoing(Generic[Message]):
             self._wake_requested = False
             self._wake.clear()
             while self._waiting:
-                yield self._waiting.popleft()
+                try:
+                    message = self._waiting.popleft()
+                except IndexError:  # cleared by a sender on another thread
+                    break
+                yield message
                 interval_s = self._heartbeat_s
             if self._closed:
                 return

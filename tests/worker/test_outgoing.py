@@ -3,6 +3,8 @@
 import asyncio
 import threading
 
+import pytest
+
 from paceline.worker.outgoing import Outgoing
 
 TIMEOUT_S = 20.0
@@ -73,3 +75,32 @@ async def test_a_heartbeat_is_sent_when_nothing_else_is_but_not_before_the_first
     async with asyncio.timeout(TIMEOUT_S):
         await receiving
     assert received[:4] == [1, -1, -1, 2]
+
+
+async def test_a_stream_whose_peer_does_not_read_ends_instead_of_growing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("paceline.worker.outgoing.MAX_WAITING", 100)
+    stream: Outgoing[int] = Outgoing()
+    for number in range(1000):
+        stream.send(number)
+        assert len(stream._waiting) <= 100
+    assert stream.is_closed
+    assert caplog.text.count("event=stream_ended reason=unread num_waiting=100") == 1
+    async with asyncio.timeout(TIMEOUT_S):
+        assert await collect(stream) == []
+
+
+async def test_a_peer_that_reads_again_too_late_finds_the_stream_at_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("paceline.worker.outgoing.MAX_WAITING", 100)
+    stream: Outgoing[int] = Outgoing()
+    stream.send(0)
+    reading = aiter(stream)
+    assert await anext(reading) == 0
+    for number in range(200):
+        stream.send(number)
+    async with asyncio.timeout(TIMEOUT_S):
+        with pytest.raises(StopAsyncIteration):
+            await anext(reading)
