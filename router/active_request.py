@@ -2,6 +2,7 @@
 Pure."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,9 @@ from paceline.request import AttemptKey, PhaseTimes, Span
 from paceline.router.attempt import Attempt
 from paceline.router.journal import RequestJournal
 from paceline.router.setbacks import Setbacks
+
+MAX_SPANS = 1024
+"""More than the chunks and reads of the longest prompts, and less than 200 kB."""
 
 
 def _nobody() -> None:
@@ -68,8 +72,10 @@ class ActiveRequest:
     first_token_s: float | None = field(default=None, init=False)
     last_token_s: float | None = field(default=None, init=False)
     ended_s: float | None = field(default=None, init=False)
-    spans: list[Span] = field(default_factory=list, init=False)
+    spans: deque[Span] = field(default_factory=lambda: deque(maxlen=MAX_SPANS), init=False)
     """As workers reported them, Unix seconds by their clocks."""
+    kv_transfer_s: float = field(default=0.0, init=False)
+    """Of all spans, also of those that are not kept."""
 
     @property
     def is_done(self) -> bool:
@@ -85,7 +91,8 @@ class ActiveRequest:
             self.prompt_computed_s = None
 
     def add_spans(self, attempt: int, spans: Sequence[Span]) -> None:
-        """Take what a worker reported of an attempt."""
+        """Take what a worker reported of an attempt. Of very many spans the newest are kept."""
+        self.kv_transfer_s += sum(s.end_s - s.start_s for s in spans if s.phase == "kv_transfer")
         self.spans.extend(spans)
         chunks = [span for span in spans if span.phase == "prefill"]
         if chunks and attempt == self.prompt_attempt:
@@ -114,7 +121,7 @@ class ActiveRequest:
             queue_s=0.0 if queue_end is None else queue_end - self.arrived_s,
             wait_s=until_first_s - prefill_s,
             prefill_s=prefill_s,
-            kv_transfer_s=sum(s.end_s - s.start_s for s in self.spans if s.phase == "kv_transfer"),
+            kv_transfer_s=self.kv_transfer_s,
             router_s=router_s,
             decode_s=0.0 if first is None or last is None else last - first,
         )

@@ -4,6 +4,7 @@ import pytest
 from router_requests import make_active_request
 
 from paceline.request import PhaseTimes, Span
+from paceline.router.active_request import MAX_SPANS
 
 WORKER_CLOCK_S = 1.7e9
 """The worker's clock, which has nothing to do with the router's."""
@@ -81,3 +82,13 @@ def test_a_report_that_comes_after_the_first_token_counts() -> None:
     request.first_token_s = request.last_token_s = 4.0
     request.add_spans(1, [chunk(1.0, 3.0)])
     assert request.phase_times() == PhaseTimes(0.0, 2.0, 2.0, 0.0, 0.0)
+
+
+def test_a_request_that_resumes_again_and_again_keeps_a_bounded_number_of_spans() -> None:
+    request = make_active_request()
+    for attempt in range(1, 3 * MAX_SPANS):
+        request.dispatched(float(attempt))
+        request.add_spans(attempt, [Span("kv_transfer", "decode-0", 1.0, 1.5, attempt)])
+    assert len(request.spans) == MAX_SPANS
+    assert request.spans[-1].num_tokens == 3 * MAX_SPANS - 1
+    assert request.phase_times().kv_transfer_s == 0.5 * (3 * MAX_SPANS - 1)
