@@ -15,6 +15,9 @@ from torch._C._distributed_c10d import Store
 
 from paceline.errors import TransportError
 
+MAX_KEYS = 1024
+"""A group of two sets some ten."""
+
 
 class ChannelStore(Store):
     """One end of the rendezvous for one communicator. Callable on any thread."""
@@ -47,6 +50,8 @@ class ChannelStore(Store):
     def receive(self, key: str, value: bytes) -> None:
         """Take a key that the peer has set."""
         with self._changed:
+            if key not in self._values and len(self._values) >= MAX_KEYS:
+                raise TransportError(f"a rendezvous of two has more than {MAX_KEYS} keys")
             self._values[key] = value
             self._changed.notify_all()
 

@@ -14,6 +14,9 @@ from paceline.kv_transfer.transport import Channel, IsReadable, LocalPool
 
 logger = logging.getLogger(__name__)
 
+MAX_ASKS = 65_536
+"""That wait; a reader has one for each read that runs, and many fewer sequences than this."""
+
 
 class PairOwner:
     """Serves one reader on a thread of its own; satisfies `OwnerPeer`."""
@@ -39,6 +42,8 @@ class PairOwner:
         match message:
             case Ask():
                 with end.changed:
+                    if len(self._asks) >= MAX_ASKS:
+                        raise TransportError(f"{end.peer} has more than {MAX_ASKS} reads waiting")
                     if not end.is_closing:
                         self._asks.append(message)
                         end.changed.notify_all()

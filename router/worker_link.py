@@ -75,6 +75,7 @@ class WorkerLink:
         self._patience = Patience(settings.worker_silence_limit_s)
         self._clock = clock
         self._on_change = on_change
+        # Dispatches are bounded by the worker's credit, and cancels by dispatches.
         self._outgoing: deque[worker_pb2.SessionRequest] = deque()
         self._has_outgoing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
