@@ -173,6 +173,8 @@ class KvOwner(kv_pb2_grpc.KvServiceServicer):
     ) -> None:
         try:
             async for request in requests:
+                if self._mailbox.is_full:
+                    raise TransferError("the engine has too many calls waiting")
                 self._take(session, peer, request)
         except TransferError as error:
             logger.warning("event=kv_session_ended reader=%s reason=%s", session.reader, error)

@@ -4,6 +4,9 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+MAX_CALLS = 65_536
+"""Far more than the largest worker's requests bring during its longest step."""
+
 Call = Callable[[float], None]
 """Takes the time at which it runs."""
 
@@ -14,6 +17,11 @@ class Mailbox:
     def __init__(self) -> None:
         self._calls: deque[Call] = deque()
         self._wake = threading.Event()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether sessions should bring nothing more; what must be said may still be posted."""
+        return len(self._calls) >= MAX_CALLS
 
     def post(self, call: Call) -> None:
         self._calls.append(call)

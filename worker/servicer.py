@@ -148,6 +148,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> None:
         try:
             async for request in requests:
+                if self._mailbox.is_full:
+                    logger.warning("event=session_ended session=%d reason=mailbox_full", number)
+                    return
                 self._take(number, request, stream)
         finally:
             stream.close()

@@ -415,6 +415,16 @@ async def test_a_reader_that_subscribes_without_end_loses_its_session(
         await pair.until(lambda: pair.lost_readers == [READER.name])
 
 
+async def test_a_reader_that_brings_more_than_the_engine_can_take_loses_its_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair = Pair()
+    async with pair.run() as reader:
+        await pair.import_half(reader)
+        monkeypatch.setattr("paceline.worker.mailbox.MAX_CALLS", 0)
+        await pair.until(lambda: pair.lost_readers == [READER.name])
+
+
 async def test_membership_without_the_owner_ends_the_link_at_once() -> None:
     pair = Pair()
     async with pair.run() as reader:

@@ -266,3 +266,17 @@ async def test_sessions_end_while_the_engine_is_stalled_and_new_ones_are_refused
         call = stub.Session()
         await call.write(hello())
         assert (await call.read()).HasField("welcome")
+
+
+async def test_a_session_that_brings_more_than_the_engine_can_take_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with run_worker() as (core, stub):
+        call = stub.Session()
+        await call.write(hello())
+        await call.read()
+        monkeypatch.setattr("paceline.worker.mailbox.MAX_CALLS", 0)
+        await call.write(admit())
+        await until(core, ("end_session", 0))
+        assert ("dispatch", "r", None) not in core.calls
+        assert "event=session_ended session=0 reason=mailbox_full" in caplog.text
