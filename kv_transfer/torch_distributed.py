@@ -10,8 +10,8 @@ The owner serves a reader's asks in their order, one at a time; each side works 
 each pair: with a thread for all pairs, one stopped peer would hold up everyone's reads, and two
 workers that read from each other would wait in a circle. The threads start with the first read.
 
-Whatever fails on the wire drops the communicator and fails its reads; the next read builds another,
-under the next generation.
+Whatever fails on the wire drops the communicator and fails the read that it carried. The reader
+asks again for those behind it, and they build another communicator, under the next generation.
 
 Pools in CPU memory use Gloo, pools in GPU memory NCCL: the same protocol, another communicator. A
 NCCL communicator may not notice that its peer has died; the end of the session or the read's
