@@ -18,7 +18,6 @@ from paceline.kv_transfer.lease import LeaseTable
 from paceline.router.attempt import Attempt as RouterAttempt
 from paceline.router.dispatch import Dispatcher
 from paceline.router.route_health import RouteHealth
-from paceline.router.running_work import RunningWork
 from paceline.router.setbacks import Setbacks
 from paceline.router.worker_view import Role
 from paceline.silence import Silence
@@ -189,19 +188,19 @@ def free_under_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget_the_prefill_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """A first token that is the last one cancels nothing there, and heartbeats renew all."""
-    finished = RunningWork.drop_finished
+    tokens = Dispatcher.tokens
 
-    def drop(self: RunningWork, stream: Any, *, skip: str | None) -> None:
+    def take_tokens(self: Dispatcher, worker_id: str, columns: Any, now: float) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RouterAttempt, "workers", lambda attempt: (attempt.decode_id,))
-            finished(self, stream, skip=skip)
+            tokens(self, worker_id, columns, now)
 
     renew_named = LeaseTable.renew
 
     def renew(self: LeaseTable, reader: str, now: float, lease_ids: Any) -> None:
         renew_named(self, reader, now, list(self._by_id))
 
-    monkeypatch.setattr(RunningWork, "drop_finished", drop)
+    monkeypatch.setattr(Dispatcher, "tokens", take_tokens)
     monkeypatch.setattr(LeaseTable, "renew", renew)
 
 
