@@ -1,5 +1,6 @@
 """The decode scheduler, stepped by hand. Every emitted token is compared with the reference."""
 
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -8,7 +9,9 @@ from decode_simulation import BLOCK_TOKENS, GREEDY, DecodeSimulation
 from opcodes import num_opcodes
 
 from paceline.decode_worker.outcomes import Admitted, Refused
+from paceline.decode_worker.roster import Roster
 from paceline.errors import IntegrityError
+from paceline.groups import Groups
 from paceline.request import AttemptKey, FailureReason
 from paceline.sampling_params import SamplingParams
 
@@ -438,6 +441,50 @@ def test_a_session_cannot_replace_the_work_of_another() -> None:
     simulation.run_to_end()
     simulation.assert_complete(dispatch)
     simulation.assert_nothing_left()
+
+
+def forget_a_holder(roster: Roster) -> None:
+    roster.holders.popitem()
+
+
+def forget_an_import(roster: Roster) -> None:
+    roster.imports.clear()
+
+
+def forget_a_session(roster: Roster) -> None:
+    roster._of_session = Groups()
+
+
+def miscount_prompt_tokens(roster: Roster) -> None:
+    roster.prompts.num_tokens += 1
+
+
+def miscount_stop_ids(roster: Roster) -> None:
+    roster.batch._num_rows_by_width.clear()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        forget_a_holder,
+        forget_an_import,
+        forget_a_session,
+        miscount_prompt_tokens,
+        miscount_stop_ids,
+    ],
+)
+def test_a_wrong_count_or_index_is_found(mistake: Callable[[Roster], None]) -> None:
+    simulation = DecodeSimulation()
+    simulation.run("running", PROMPT, sampling=LONG)
+    simulation.step()
+    assert isinstance(simulation.admit(simulation.make_work("import", PROMPT)), Admitted)
+    assert isinstance(
+        simulation.admit(simulation.make_work("prompt", PROMPT), has_source=False), Admitted
+    )
+    simulation.scheduler.check_integrity()
+    mistake(simulation.scheduler._roster)
+    with pytest.raises(IntegrityError):
+        simulation.scheduler.check_integrity()
 
 
 def test_no_message_costs_more_beside_many_others() -> None:

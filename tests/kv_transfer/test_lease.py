@@ -14,6 +14,7 @@ import pytest
 from opcodes import num_opcodes
 
 from paceline.errors import IntegrityError
+from paceline.groups import Groups
 from paceline.kv_transfer.lease import (
     LEASE_TRANSITIONS,
     FirstToken,
@@ -544,3 +545,34 @@ def costs(num_others: int) -> dict[str, int]:
     for lease in others:
         table.renew(lease.reader, 9.0, [lease.lease_id])
     return counts | {"expire two": num_opcodes(lambda: table.expire(9.5))}
+
+
+def forget_renewals(table: LeaseTable) -> None:
+    table._renewals.clear()
+
+
+def forget_readers(table: LeaseTable) -> None:
+    table._of_reader = Groups()
+
+
+def mix_up_renewals(table: LeaseTable) -> None:
+    table._renewals.move_to_end(next(iter(table._renewals)))
+
+
+def keep_blocks_of_an_outcome(table: LeaseTable) -> None:
+    table._outcomes[0]._block_ids = [10]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [forget_renewals, forget_readers, mix_up_renewals, keep_blocks_of_an_outcome],
+)
+def test_a_wrong_count_or_index_is_found(mistake: Callable[[LeaseTable], None]) -> None:
+    owner = Owner()
+    owner.table.revoke(owner.alive(), "test", 0.0)
+    for number in range(2):
+        owner.alive(AttemptKey(f"other-{number}", 1), now=float(number))
+    owner.check()
+    mistake(owner.table)
+    with pytest.raises(IntegrityError):
+        owner.check()
