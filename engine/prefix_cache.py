@@ -16,6 +16,10 @@ The order of eviction is segmented LRU, leaves first:
 Blocks in use are in none of them. Only when nothing else is left is a parent evicted whose
 children are all in use; those leave the cache before it and stay with their users. Each of these
 moves is O(1), and a block is set aside at most once for each time it was used or got a child.
+
+KV that may be damaged is forgotten block by block. What was computed from it may be most of the
+cache, so it stays, as orphans that no context leads to: a child is found only behind its own
+parent. Orphans leave by eviction, or when the same content is cached again.
 """
 
 from collections import OrderedDict
@@ -72,6 +76,11 @@ class CachedBlock:
         """Where it waits for eviction; None while it is in use."""
         self.checksum: bytes | None = None
         """Set by `check_integrity`."""
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether its parent has left the cache before it, so that no context leads here."""
+        return self.parent is not None and not self.parent.is_cached
 
 
 Queue = OrderedDict[CachedBlock, None]
@@ -172,6 +181,9 @@ class PrefixCache:
         tokens = token_bytes(tokens_of_block)
         key = self._keys.next_key(chain.key, tokens)
         block = self._by_key.get(key)
+        if block is not None and block.is_orphan:
+            self._forget(block)
+            block = None
         if block is None:
             self._allocator.set_cached(block_id)
             block = CachedBlock(key, chain.key, parent, tokens, block_id)
@@ -182,7 +194,7 @@ class PrefixCache:
                     parent.children = {block}
                 else:
                     parent.children.add(block)
-        elif block.tokens != tokens or block.parent_key != chain.key:
+        elif block.tokens != tokens or block.parent_key != chain.key or block.parent is not parent:
             return chain._replace(flush_count=None)  # another context has the same name
         return ChainPosition(key, block, self._flush_count)
 
@@ -237,17 +249,17 @@ class PrefixCache:
                 self._forget_subtree(next(iter(self._parents)))
 
     def forget(self, chain: ChainPosition) -> None:
-        """Take all blocks before a place out of the cache, and what hangs on them.
+        """Take all blocks before a place out of the cache; what hangs on them is found no more.
 
         For KV from which no token could be chosen: any of it may be damaged. Sequences that use
-        the blocks keep them.
+        the blocks keep them. O(blocks before the place): what hangs on them, perhaps most of the
+        cache, is left to eviction.
         """
         block = chain.block
-        if block is None or not block.is_cached:
-            return
-        while block.parent is not None:
-            block = block.parent
-        self._forget_subtree(block)
+        while block is not None and block.is_cached:
+            parent = block.parent
+            self._forget(block)
+            block = parent
 
     def check_integrity(self, checksum: Checksum | None = None) -> None:
         """Raise IntegrityError unless tree, queues and allocator agree. O(num_cached).
@@ -284,16 +296,19 @@ class PrefixCache:
         block_bytes = self._block_tokens * TOKEN_ID_BYTES
         key = self._keys.tenant_key(tenant)
         blocks: list[CachedBlock] = []
+        parent: CachedBlock | None = None
         for start in range(0, len(data), block_bytes):
             block_data = data[start : start + block_bytes]
             next_key = self._keys.next_key(key, block_data)
             block = self._by_key.get(next_key)
             # The parent's own tokens were compared one round earlier, so all tokens before are
-            # the same.
-            if block is None or block.tokens != block_data or block.parent_key != key:
+            # the same. An orphan has the right key, another parent, and KV that may be damaged.
+            if block is None or block.tokens != block_data or block.parent is not parent:
+                break
+            if block.parent_key != key:
                 break
             blocks.append(block)
-            key = next_key
+            key, parent = next_key, block
         return blocks, ChainPosition(key, blocks[-1] if blocks else None, self._flush_count)
 
     def _segment(self, block: CachedBlock) -> Queue:
@@ -320,7 +335,10 @@ class PrefixCache:
             self._forget(block)
 
     def _forget(self, block: CachedBlock) -> None:
-        """Take a leaf out of the cache; its block becomes free unless it is in use."""
+        """Take a block out of the cache; it becomes free unless it is in use.
+
+        Its children become orphans: they stay until they are evicted or replaced.
+        """
         del self._by_key[block.key]
         del self._by_id[block.block_id]
         block.is_cached = False
@@ -358,10 +376,11 @@ class PrefixCache:
             or self._by_id.get(block_id) is not block
             or not block.is_cached,
             f"is used ({used}) and waits for eviction ({queued})": used == queued,
-            "hangs on a parent that is not cached": parent is not None
-            and (
-                self._by_key.get(parent.key) is not parent or block not in (parent.children or ())
-            ),
+            "hangs on a parent that does not know it": parent is not None
+            and block not in (parent.children or ()),
+            "hangs on a parent that another block has replaced": parent is not None
+            and parent.is_cached
+            and self._by_key.get(parent.key) is not parent,
             "has a child that is not cached": any(
                 self._by_key.get(child.key) is not child for child in block.children or ()
             ),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from opcodes import num_opcodes
 
 from paceline.block_keys import BlockKeys
 from paceline.engine.block_allocator import BlockAllocator
@@ -434,3 +435,35 @@ def test_pool_has_one_cache() -> None:
 def test_impossible_protected_share_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=str(share)):
         Pool(4, share)
+
+
+def test_what_hangs_on_forgotten_blocks_is_found_no_more_and_can_be_cached_again() -> None:
+    pool = Pool(12)
+    failed = pool.compute("abc")
+    sharing = pool.compute("abd")  # runs on, from blocks that may be damaged
+    chain = pool.cache.match(context("abc"), "", 12).chain
+    pool.allocator.release(failed)
+    pool.cache.forget(chain)
+    assert [pool.num_cached(text) for text in ("abc", "abd")] == [0, 0]
+    pool.allocator.check_integrity()
+    pool.allocator.release(failed)
+    again = pool.compute("abd")
+    assert pool.num_cached("abd") == 3
+    assert not set(again) & set(sharing)
+    for blocks in (sharing, again):
+        pool.allocator.release(blocks)
+    pool.allocator.check_integrity()
+    pool.allocator.allocate(12)
+    assert pool.cache.num_cached == 0
+
+
+def test_forgetting_costs_the_same_however_much_hangs_on_the_blocks() -> None:
+    counts = []
+    for num_others in (2, 50):
+        pool = Pool(200)
+        for number in range(num_others):
+            pool.visit("a" + chr(ord("A") + number))
+        chain = pool.cache.match(context("a"), "", BLOCK_TOKENS).chain
+        counts.append(num_opcodes(lambda: pool.cache.forget(chain)))  # noqa: B023 - called at once
+        pool.allocator.check_integrity()
+    assert counts[0] == counts[1]
