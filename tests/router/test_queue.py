@@ -1,9 +1,13 @@
+from dataclasses import dataclass
+
 import pytest
+from counted_calls import count_calls
 from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.errors import QueueFullError
 from paceline.router.queue import WaitingQueue
+from paceline.router.returned_work import ReturnedWork
 
 
 def make_queue(max_new: int = 100) -> WaitingQueue[str]:
@@ -71,6 +75,50 @@ def test_retry_delay_follows_the_pace_of_departures() -> None:
     for number in range(100):
         queue.pop(now=number * 0.5)
     assert queue.retry_after_s() == pytest.approx(10 * 0.5)
+
+
+@pytest.mark.parametrize("is_backing_off", [False, True])
+def test_removed_work_does_not_pile_up(is_backing_off: bool) -> None:
+    """Requests that end while they wait behind another one never come to the head."""
+    returned: ReturnedWork[int] = ReturnedWork()
+    returned.push(-1, arrived_s=0.0, not_before_s=0.0)
+    for number in range(5000):
+        returned.push(number, arrived_s=1.0, not_before_s=1e9 if is_backing_off else 0.0)
+        assert returned.head(1.0) == -1
+        assert returned.remove(number)
+    assert len(returned) == 1
+    assert len(returned._ready) + len(returned._backing_off) < 100
+
+
+@dataclass(frozen=True)
+class Item:
+    """Compared by a function in Python, so that a search is seen in the calls."""
+
+    number: int
+
+
+@pytest.mark.parametrize("kind", ["new", "tenants", "resumed", "backing off"])
+def test_every_step_of_a_long_queue_costs_what_it_costs_in_a_short_one(kind: str) -> None:
+    num_calls = []
+    for num_items in (100, 5000):
+        queue: WaitingQueue[Item] = WaitingQueue(num_items)
+        items = [Item(number) for number in range(num_items)]
+        for item in items:
+            if kind in ("new", "tenants"):
+                queue.push_new(item, str(item.number) if kind == "tenants" else "")
+            else:
+                queue.push_resumed(item, item.number, 1e9 if kind == "backing off" else 0.0)
+        queue.head(1.0)
+        middle = items[num_items // 2]
+
+        def one_of_each(queue: WaitingQueue[Item] = queue, middle: Item = middle) -> None:
+            queue.remove(middle, str(middle.number) if kind == "tenants" else "")
+            queue.next_ready_s(1.0)
+            if queue.head(1.0) is not None:
+                queue.pop(1.0)
+
+        num_calls.append(count_calls(one_of_each))
+    assert num_calls[1] <= num_calls[0] + 5
 
 
 def test_pop_of_an_empty_queue_raises() -> None:
