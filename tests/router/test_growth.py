@@ -3,17 +3,25 @@
 Costs are counted in calls of functions, so that no clock is measured.
 """
 
+import asyncio
+from pathlib import Path
+
 import pytest
 from counted_calls import count_calls
 from fake_worker import arithmetic_oracle
+from router_deployment import until
 from router_requests import make_active_request
 from simulated_pair import SimulatedCluster
+from tiny_tokenizer import write_tokenizer
 
 from paceline.errors import CancelledError
 from paceline.request import FailureReason
 from paceline.router.active_request import ActiveRequest
+from paceline.router.capacity import WorkerPool
+from paceline.router.model import ServedModel
+from paceline.router.server import Router
 from paceline.router.settings import RouterSettings
-from paceline.router.worker_view import Role, WorkerLoad
+from paceline.router.worker_view import Role, WorkerLoad, WorkerMember, WorkerView
 
 MANY = 1000
 MAX_AT_ONCE = 256
@@ -153,3 +161,20 @@ def test_events_cost_the_same_with_many_requests_and_many_workers() -> None:
     many = cost_of_events(20, 200)
     for event, num_calls in many.items():
         assert num_calls <= 1.2 * few[event] + 20, event
+
+
+async def test_router_sends_the_rest_in_the_next_turns_of_its_event_loop(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    settings = RouterSettings(max_queue_requests=MANY)
+    router = Router(settings, ServedModel("simulated", 1000, 256, (), tmp_path))
+    dispatcher = router._dispatcher
+    now = asyncio.get_running_loop().time()
+    for number in range(MANY):
+        dispatcher.submit(make_active_request(str(number)), now)
+    pool = WorkerPool(10**6, 16, MANY, 1000)
+    member = WorkerMember("decode-0", Role.DECODE, 1, "")
+    dispatcher.worker_joined(WorkerView(member, pool, WorkerLoad(10**6, MANY)), now)
+    assert 0 < len(dispatcher.running.attempts) <= MAX_AT_ONCE
+    await until(lambda: not dispatcher.num_waiting, "all are sent")
+    assert len(dispatcher.running.attempts) == MANY
+    await router.stop()
