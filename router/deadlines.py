@@ -49,28 +49,38 @@ class Deadlines:
     def take(self, request: ActiveRequest, ahead: Ahead, now: float) -> None:
         """Take a new request into the queue, or raise OverloadedError with the numbers."""
         num_tokens = len(request.journal.prompt)
-        wait_s = 0.0
-        if ahead.num_requests:
-            share = ahead.num_requests / ahead.num_waiting
-            tokens_ahead = share * self._num_waiting_tokens
-            wait_s = self._pace.wait_s(ahead.num_requests, tokens_ahead) or 0.0
-        pending_tokens = self._pending_tokens.value or 0.0 if ahead.num_requests else 0.0
-        service_s = self._service_s(request, pending_tokens + num_tokens)
-        left_s = request.deadline_s - now
+        pending_tokens = self._pending_tokens.value if ahead.num_requests else None
+        service_s = self._service_s(request, (pending_tokens or 0.0) + num_tokens)
+        self._check(ahead, service_s, request.deadline_s, now)
+        self._taken_s = now
+        self._num_waiting_tokens += num_tokens
+
+    def check_wait(self, ahead: Ahead, deadline_s: float, now: float) -> None:
+        """Raise OverloadedError if the wait in the queue would be too long for any request with
+        this deadline: called before the work of tokenizing."""
+        self._check(ahead, 0.0, deadline_s, now)
+
+    def _check(self, ahead: Ahead, service_s: float, deadline_s: float, now: float) -> None:
+        wait_s = self._wait_s(ahead)
+        left_s = deadline_s - now
         limit_s = left_s * _QUEUED_SHARE if wait_s else left_s
         excess_s = wait_s + service_s - limit_s
         if excess_s > 0 and now - self._taken_s < PROBE_S:
             retry_s = min(max(excess_s, _MIN_RETRY_S), _MAX_RETRY_S)
             raise OverloadedError(
                 f"the request would wait about {wait_s:.2f} s behind {ahead.num_requests} others "
-                f"and then run for about {service_s:.2f} s, by what those before it took; its "
+                f"and then run for {service_s:.2f} s or more, by what those before it took; its "
                 f"deadline leaves {left_s:.2f} s, and at most {limit_s:.2f} s may be planned. Try "
                 f"again in about {retry_s:.1f} s, allow more time (timeout_s), lower max_tokens, "
                 "or add workers",
                 retry_after_s=retry_s,
             )
-        self._taken_s = now
-        self._num_waiting_tokens += num_tokens
+
+    def _wait_s(self, ahead: Ahead) -> float:
+        if not ahead.num_requests:
+            return 0.0
+        share = ahead.num_requests / ahead.num_waiting
+        return self._pace.wait_s(ahead.num_requests, share * self._num_waiting_tokens) or 0.0
 
     def why_too_late(
         self, work: WaitingWork, pending_tokens: int, num_tokens: int, now: float

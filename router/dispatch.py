@@ -82,6 +82,12 @@ class Dispatcher:
 
     # Clients.
 
+    def check_room(self, deadline_s: float, now: float, tenant: str = "") -> None:
+        """Raise OverloadedError if no new request with this deadline can be taken, whatever it
+        asks for."""
+        self.queue.check_room()
+        self._deadlines.check_wait(self._ahead(tenant), deadline_s, now)
+
     def submit(self, request: ActiveRequest, now: float) -> None:
         """Take a new request; raises InvalidRequestError if it fits no pool, and OverloadedError if
         the queue is full or too long for its deadline."""
@@ -90,8 +96,7 @@ class Dispatcher:
             raise error
         tenant = request.journal.tenant
         self.queue.check_room()
-        ahead = Ahead(self.queue.num_ahead(tenant), len(self.queue))
-        self._deadlines.take(request, ahead, now)
+        self._deadlines.take(request, self._ahead(tenant), now)
         choices = tuple(range(len(request.journal.choices)))
         work = WaitingWork(request, choices)
         self.queue.push_new(work, tenant)
@@ -275,6 +280,9 @@ class Dispatcher:
         return min((at_s for at_s in times if at_s is not None), default=None)
 
     # How it is done. Costs are in choices that are sent or put back.
+
+    def _ahead(self, tenant: str) -> Ahead:
+        return Ahead(self.queue.num_ahead(tenant), len(self.queue))
 
     def _dispatch_queue(self, now: float, cost: int) -> int:
         pools = self.placement.pools

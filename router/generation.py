@@ -202,8 +202,8 @@ class Generations:
         arrived_s = asyncio.get_running_loop().time()
         number = next(self._numbers)
         check_lag(self._lag.lag(arrived_s), self._settings.max_lag_s)
-        self._dispatcher.queue.check_room()  # before the work of tokenizing
         timeout_s, limit = self._timeout(call)
+        self._dispatcher.check_room(arrived_s + timeout_s, arrived_s)  # before tokenizing
         try:
             async with asyncio.timeout_at(arrived_s + timeout_s):
                 prompt = await self._validated_prompt(call)

@@ -114,6 +114,16 @@ def test_a_request_that_would_wait_too_long_is_refused_with_the_numbers(world: W
     assert 0.1 <= caught.value.retry_after_s < 4.0
 
 
+def test_a_wait_that_is_too_long_for_any_request_is_known_before_its_prompt_is(
+    world: World,
+) -> None:
+    world.offer(5 * CAPACITY_PER_S, 20.0, 4.0)
+    dispatcher = world.cluster.dispatcher
+    dispatcher.check_room(world.now + 60.0, world.now)
+    with pytest.raises(OverloadedError, match=r"run for 0\.00 s or more"):
+        dispatcher.check_room(world.now + 1.0, world.now)
+
+
 def test_a_request_with_time_enough_is_taken_beside_those_that_are_refused(world: World) -> None:
     world.offer(5 * CAPACITY_PER_S, 20.0, 4.0)
     request = world.submit(60.0)

@@ -193,6 +193,27 @@ async def test_full_queue_answers_at_once_with_a_retry_delay(tmp_path: Path) -> 
         await deployment.idle()
 
 
+async def test_a_wait_beyond_the_deadline_is_answered_before_the_prompt_is_tokenized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with router_deployment(tmp_path, workers=False) as deployment:
+        first = asyncio.create_task(deployment.generate(pb.GenerateRequest(text="x")))
+        await until(lambda: deployment.router.status().num_waiting == 1, "the first waits")
+        deadlines = deployment.router._dispatcher._deadlines
+        for number in range(1, 20):  # work leaves every 10 s
+            deadlines._pace.left(1, asyncio.get_running_loop().time() + 10.0 * number)
+        deadlines._taken_s = math.inf  # no request gets through whatever its deadline
+        monkeypatch.setattr(deployment.router._generations, "_validated_prompt", None)
+        error = await refusal(deployment, pb.GenerateRequest(text="y", timeout_s=5.0))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "behind 1 others" in str(error.details())
+        status = rpc_status.from_call(_Finished(error))
+        assert status is not None
+        assert status.details[0].Is(error_details_pb2.RetryInfo.DESCRIPTOR)
+        first.cancel()
+        await deployment.idle()
+
+
 async def test_tokenize_gives_the_ids_that_generate_would_use(tmp_path: Path) -> None:
     async with router_deployment(tmp_path, workers=False) as deployment:
         answer = await deployment.stub.Tokenize(pb.TokenizeRequest(text="hi"))
