@@ -13,6 +13,7 @@ from paceline.failpoints import Failpoints
 from paceline.groups import Groups
 from paceline.kv_transfer.lease import FirstToken, Lease, LeaseTable, Progress
 from paceline.prefill_worker.outcomes import PrefillDone, Refused
+from paceline.prefill_worker.rate import PrefillRate
 from paceline.prefill_worker.scheduler import PrefillScheduler
 from paceline.request import AttemptKey, FailureReason, Work
 from paceline.worker.core import LoadReport, Peer, RouterPort
@@ -60,6 +61,7 @@ class PrefillCore:
         self._of_request: Groups[str, _Attempt] = Groups()
         self._of_session: Groups[int, _Attempt] = Groups()
         """The same attempts."""
+        self._rate = PrefillRate()
         self._draining = False
         self.notify_changed: Callable[[Lease], None] = lambda lease: None
         """Set before the first dispatch: tells the io thread that a lease has grown or is over."""
@@ -120,10 +122,14 @@ class PrefillCore:
             self._fail(lease, now)
 
     def plan(self, now: float) -> StepPlan | None:
-        return self._scheduler.plan(now)
+        plan = self._scheduler.plan(now)
+        if plan is not None:
+            self._rate.planned(plan.num_tokens, now)
+        return plan
 
     def apply(self, result: StepResult, now: float) -> None:
         step = self._scheduler.apply(result, now)
+        self._rate.applied(now)
         for progress in step.progressed:
             self._failpoints.hit("chunk")
             lease = self._attempts[progress.key].lease
@@ -164,6 +170,7 @@ class PrefillCore:
             num_pending_tokens=load.num_pending_tokens,
             num_free_blocks=load.credit_blocks,
             draining=self._draining,
+            prefill_tokens_per_s=self._rate.tokens_per_s,
         )
 
     @property

@@ -128,6 +128,7 @@ class Dispatcher:
     # Workers.
 
     def worker_joined(self, worker: WorkerView, now: float) -> None:
+        worker.dispatch_ahead_s = self._settings.dispatch_ahead_s
         self.placement.add(worker)
         self._deadlines.workers_changed()
         self.dispatch(now)

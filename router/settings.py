@@ -80,6 +80,14 @@ class RouterSettings(BaseModel):
         "be offered the same room, so many are usual under load; this many, two minutes with "
         "max_retry_backoff_s, mean that a worker refuses always.",
     )
+    dispatch_ahead_s: float = Field(
+        default=0.5,
+        gt=0,
+        description="Seconds of computing, by its measured rate, that may wait at a prefill worker "
+        "when a further prompt is sent to it. The rest waits in the router's queue, holds no "
+        "decode blocks and can go to any worker. Longer than a large step, so that the worker is "
+        "never idle; an idle worker always takes one.",
+    )
     retry_backoff_s: float = Field(
         default=0.005,
         gt=0,

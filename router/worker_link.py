@@ -309,6 +309,7 @@ def _load(load: worker_pb2.Load) -> WorkerLoad:
         load.num_pending_tokens,
         load.num_free_blocks,
         load.draining,
+        load.prefill_tokens_per_s,
     )
 
 

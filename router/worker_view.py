@@ -3,6 +3,7 @@
 A worker's credit is what its last Load says minus the dispatches that it had not counted then.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,6 +11,10 @@ from typing import NamedTuple
 
 from paceline.request import AttemptKey
 from paceline.router.capacity import Need, WorkerPool
+
+_UNMEASURED_TOKENS = 2048
+"""Prompt tokens that may wait at a prefill worker whose rate is not known yet: some hundred
+milliseconds on a slow device, and steps of many rows on a fast one."""
 
 
 class Role(Enum):
@@ -42,6 +47,8 @@ class WorkerLoad:
     num_pending_tokens: int = 0
     num_free_blocks: int = 0
     draining: bool = False
+    prefill_tokens_per_s: int = 0
+    """As measured by a prefill worker; 0: not known yet."""
 
 
 class _Uncounted(NamedTuple):
@@ -59,6 +66,8 @@ class WorkerView:
     member: WorkerMember
     pool: WorkerPool
     load: WorkerLoad
+    dispatch_ahead_s: float = math.inf
+    """Seconds of computing that may wait at a prefill worker when more is sent to it."""
     num_dispatched: int = 0
     """Prefill and Admit messages sent over this stream."""
     without_token: set[AttemptKey] = field(default_factory=set)
@@ -68,6 +77,9 @@ class WorkerView:
     credit_blocks: int = field(init=False)
     credit_sequences: int = field(init=False)
     num_pending_tokens: int = field(init=False)
+    has_enough_to_compute: bool = field(init=False)
+    """Whether a further prompt would only queue at this prefill worker, while the decode blocks
+    that are reserved for it stay idle. In the router's queue it can go to any worker."""
     _uncounted: deque[_Uncounted] = field(default_factory=deque, init=False)
     _sum: _Uncounted = field(default=_Uncounted(0, 0, 0, 0), init=False)
     """Of `_uncounted`, so that a message costs the same however many dispatches are on their way;
@@ -83,7 +95,7 @@ class WorkerView:
     @property
     def takes_work(self) -> bool:
         """Whether ordinary work may go there when it has room."""
-        return not self.is_reserved and not self.load.draining
+        return not self.is_reserved and not self.load.draining and not self.has_enough_to_compute
 
     def blocks_for(self, need: Need) -> int:
         """Return the blocks of credit that work takes here at the start."""
@@ -101,7 +113,7 @@ class WorkerView:
 
     def can_take(self, need: Need) -> bool:
         """Whether ordinary work may go there now."""
-        return not self.is_reserved and self.has_room(need)
+        return not self.is_reserved and not self.has_enough_to_compute and self.has_room(need)
 
     def has_room(self, need: Need) -> bool:
         return (
@@ -138,6 +150,10 @@ class WorkerView:
         self.credit_blocks = self.load.credit_blocks - self._sum.num_blocks
         self.credit_sequences = self.load.credit_sequences - self._sum.num_sequences
         self.num_pending_tokens = self.load.num_pending_tokens + self._sum.num_tokens
+        rate = self.load.prefill_tokens_per_s
+        limit = rate * self.dispatch_ahead_s if rate else _UNMEASURED_TOKENS
+        is_prefill = self.member.role is Role.PREFILL
+        self.has_enough_to_compute = is_prefill and 0 < self.num_pending_tokens >= limit
 
 
 class Pair(NamedTuple):

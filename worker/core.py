@@ -29,6 +29,7 @@ class LoadReport(NamedTuple):
     num_pending_tokens: int
     num_free_blocks: int
     draining: bool
+    prefill_tokens_per_s: int = 0
 
 
 class RouterPort(Protocol):

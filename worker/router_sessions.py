@@ -148,4 +148,5 @@ def load_message(load: LoadReport, num_dispatches_seen: int) -> wire_messages.Lo
         num_pending_tokens=load.num_pending_tokens,
         num_free_blocks=load.num_free_blocks,
         draining=load.draining,
+        prefill_tokens_per_s=load.prefill_tokens_per_s,
     )

@@ -521,6 +521,7 @@ class Load(_message.Message):
     NUM_PENDING_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_FREE_BLOCKS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     credit_blocks: _builtins.int
     """Blocks that this router may commit now."""
     credit_sequences: _builtins.int
@@ -535,6 +536,8 @@ class Load(_message.Message):
     """Blocks neither used, promised nor pinned; cached ones count as free."""
     draining: _builtins.bool
     """Whether the worker takes new work."""
+    prefill_tokens_per_s: _builtins.int
+    """Prompt tokens that a prefill worker computes in a second, as measured; 0: not known yet."""
     def __init__(
         self,
         *,
@@ -545,10 +548,11 @@ class Load(_message.Message):
         num_pending_tokens: _builtins.int = ...,
         num_free_blocks: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        prefill_tokens_per_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_blocks", b"credit_blocks", "credit_sequences", b"credit_sequences", "draining", b"draining", "num_dispatches_seen", b"num_dispatches_seen", "num_free_blocks", b"num_free_blocks", "num_pending_tokens", b"num_pending_tokens", "num_running", b"num_running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_blocks", b"credit_blocks", "credit_sequences", b"credit_sequences", "draining", b"draining", "num_dispatches_seen", b"num_dispatches_seen", "num_free_blocks", b"num_free_blocks", "num_pending_tokens", b"num_pending_tokens", "num_running", b"num_running", "prefill_tokens_per_s", b"prefill_tokens_per_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
