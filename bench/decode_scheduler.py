@@ -106,7 +106,7 @@ class SimulatedWorker:
 
     def _serialize(self, step: DecodeStep) -> bytes:
         report = step_report(step.outputs[SESSION])
-        report.load.CopyFrom(load_message(self.scheduler.load(SESSION, 1), 0))
+        report.load.CopyFrom(load_message(self.scheduler.load(), 0))
         return worker_pb2.SessionResponse(step=report).SerializeToString()
 
 

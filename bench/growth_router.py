@@ -24,7 +24,7 @@ from paceline.router.capacity import WorkerPool
 from paceline.router.dispatch import Dispatcher
 from paceline.router.journal import RequestJournal
 from paceline.router.settings import RouterSettings
-from paceline.router.worker_messages import TokenColumns
+from paceline.router.worker_messages import TokenColumns, WorkerClaim
 from paceline.router.worker_view import Role, WorkerLoad, WorkerMember, WorkerView
 from paceline.sampling_params import SamplingParams
 
@@ -50,6 +50,9 @@ class CountingWorkers:
         self.admitted = work
 
     def cancel(self, worker_id: str, key: AttemptKey, choices: tuple[int, ...]) -> None:
+        self.num_sent += 1
+
+    def claim(self, worker_id: str, claim: WorkerClaim) -> None:
         self.num_sent += 1
 
 

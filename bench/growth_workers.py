@@ -120,7 +120,7 @@ def measure_prefill(num_waiting: int) -> Times:
     more = list(itertools.islice(source, NUM_REPEATS))
     times = {
         "dispatch": time_each(lambda work: core.dispatch(0, work, PEER, 1.0), more),
-        "load for a router": time_again(lambda: core.load(1, NUM_SESSIONS)),
+        "load for a router": time_again(lambda: core.load()),
         "cancel": time_each(lambda work: core.cancel(0, work.key, (), 1.0), more),
     }
     for work in more[:10]:
@@ -173,7 +173,7 @@ def measure_decode(num_waiting: int) -> Times:
     gc.freeze()
     times = {
         "admit": time_each(admit, more),
-        "load for a router": time_again(lambda: scheduler.load(1, NUM_SESSIONS)),
+        "load for a router": time_again(lambda: scheduler.load()),
         "progress of an import": time_each(
             lambda work: scheduler.import_progressed(work.key, 1.0), more
         ),
@@ -195,7 +195,7 @@ def measure_decode(num_waiting: int) -> Times:
     times["plan and apply"] = time_again(step)
     # From here on nothing is spare: each row that needs a block costs a victim.
     scheduler.tidy()
-    allocator.allocate(scheduler.load(1, NUM_SESSIONS).num_free_blocks)
+    allocator.allocate(scheduler.load().num_free_blocks)
     victims_us: list[float] = []
     while len(victims_us) < NUM_REPEATS:
         started_ns = time.thread_time_ns()

@@ -181,7 +181,7 @@ class OfflineEngine:
     def _has_credit(self, generation: Generation) -> bool:
         if self._core.is_idle:
             return True  # if it does not fit now it never does, and the refusal says why
-        load = self._core.load(SESSION, 1)
+        load = self._core.load()
         num_tokens = len(generation.prompt) + len(generation.token_ids)
         needed = num_blocks_promised(num_tokens, 1, self._block_tokens)
         return load.credit_sequences >= 1 and load.credit_blocks >= needed

@@ -111,8 +111,8 @@ class DecodeCore:
     def apply(self, result: StepResult, now: float) -> None:
         self._emit(self._scheduler.apply(result, now))
 
-    def load(self, session: int, num_sessions: int) -> LoadReport:
-        return self._scheduler.load(session, num_sessions)
+    def load(self) -> LoadReport:
+        return self._scheduler.load()
 
     @property
     def is_idle(self) -> bool:

@@ -63,9 +63,6 @@ class Roster:
         """Find the sequence that reports this choice."""
         return self._open.get((request_id, choice))
 
-    def num_attempts_of(self, session: int) -> int:
-        return self._of_session.size_of(session)
-
     def attempts_of(self, session: int) -> tuple[Attempt, ...]:
         return self._of_session.of(session)
 

@@ -26,7 +26,6 @@ from paceline.errors import IntegrityError
 from paceline.kv_transfer.lease import FirstToken
 from paceline.request import AttemptKey, FailureReason, Work, num_blocks_for
 from paceline.worker.core import LoadReport
-from paceline.worker.credit import share_by_demand
 
 
 class DecodeScheduler:
@@ -232,16 +231,13 @@ class DecodeScheduler:
 
     # What is seen from outside.
 
-    def load(self, session: int, num_sessions: int) -> LoadReport:
-        """Say what a router may send now."""
+    def load(self) -> LoadReport:
+        """Say what all routers together may send now."""
         roster = self._roster
-        num_all, num_own = len(roster.attempts), roster.num_attempts_of(session)
         credit_blocks = credit_sequences = 0
         if not self._is_draining:
-            num_free = self._num_blocks_to_commit()
-            credit_blocks = share_by_demand(num_free, num_own, num_all, num_sessions)
-            num_free = len(roster.free_slots)
-            credit_sequences = share_by_demand(num_free, num_own, num_all, num_sessions)
+            credit_blocks = self._num_blocks_to_commit()
+            credit_sequences = len(roster.free_slots)
         return LoadReport(
             credit_blocks=credit_blocks,
             credit_sequences=credit_sequences,

@@ -17,7 +17,6 @@ from paceline.prefill_worker.rate import PrefillRate
 from paceline.prefill_worker.scheduler import PrefillScheduler
 from paceline.request import AttemptKey, FailureReason, Work
 from paceline.worker.core import LoadReport, Peer, RouterPort
-from paceline.worker.credit import share_by_demand
 from paceline.worker.prefill_spans import prefill_spans
 from paceline.worker.step_output import StepOutput
 
@@ -154,18 +153,11 @@ class PrefillCore:
             )
             self._end(failed.key, failed.message, now)
 
-    def load(self, session: int, num_sessions: int) -> LoadReport:
+    def load(self) -> LoadReport:
         load = self._scheduler.load()
-        num_own = self._of_session.size_of(session)
-
-        def share(total: int) -> int:
-            if self._draining:
-                return 0
-            return share_by_demand(total, num_own, len(self._attempts), num_sessions)
-
         return LoadReport(
-            credit_blocks=share(load.credit_blocks),
-            credit_sequences=share(load.credit_sequences),
+            credit_blocks=0 if self._draining else load.credit_blocks,
+            credit_sequences=0 if self._draining else load.credit_sequences,
             num_running=load.num_running,
             num_pending_tokens=load.num_pending_tokens,
             num_free_blocks=load.credit_blocks,

@@ -18,6 +18,8 @@ from paceline.errors import (
 from paceline.request import AttemptKey, FailureReason, Span
 from paceline.router.active_request import ActiveRequest, WaitingWork
 from paceline.router.attempt import Attempt, AttemptEvent, AttemptState
+from paceline.router.capacity import Need
+from paceline.router.claims import Claims
 from paceline.router.deadlines import Ahead, Deadlines
 from paceline.router.placement import Placement
 from paceline.router.queue import WaitingQueue
@@ -69,6 +71,9 @@ class Dispatcher:
         self.requests: dict[str, ActiveRequest] = {}
         """Not yet ended, by wire_id."""
         self.running = RunningWork(self.placement, self._suspects, commands)
+        self._claims = Claims(commands)
+        self._blocked: tuple[WaitingWork, Need] | None = None
+        """The head of the queue, if the last dispatch found no room for it."""
         self._returning: deque[Iterator[int]] = deque()
         """Work that workers gave back or lost, and that is not in the queue yet: each step puts
         some of it back and yields the cost of that."""
@@ -136,6 +141,7 @@ class Dispatcher:
     def worker_lost(self, worker_id: str, now: float, *, is_planned: bool = False) -> None:
         """Put back all work that needed this worker; a death counts, a planned stop does not."""
         worker = self.placement.remove(worker_id)
+        self._claims.forget(worker_id)
         if worker is None:
             return
         self._deadlines.workers_changed()
@@ -152,6 +158,10 @@ class Dispatcher:
             self.placement.update(worker, load)
             if self.num_waiting:
                 self.dispatch(now)
+            if self.num_waiting and self._blocked is not None:
+                self._claims.wait(worker, *self._blocked, now)
+            else:
+                self._claims.withdraw(worker)
 
     def admission(
         self,
@@ -264,6 +274,7 @@ class Dispatcher:
         However much there is to do, one call does a bounded part of it. Work that comes back goes
         first, so that nothing behind it in the queue overtakes it.
         """
+        self._blocked = None
         cost = self._go_on_putting_back()
         if not self._returning:
             self.placement.routes.wake(now)
@@ -295,6 +306,7 @@ class Dispatcher:
                 error = too_large_to_go_on(work, pools)
                 if error is None:
                     self._deadlines.queue_waits(now)
+                    self._blocked = (work, need)
                     return cost
                 self._fail(request, error, now)
                 cost += need.num_choices
@@ -309,6 +321,7 @@ class Dispatcher:
             self.queue.pop(now)
             del request.waiting[work]
             fix_max_tokens(request, pools)
+            self._claims.sent(pair, self.placement.workers)
             self.placement.dispatch(pair, need)
             self.running.send(work, pair, now)
             cost += need.num_choices + need.num_tokens // _TOKENS_OF_A_CHOICE
@@ -329,6 +342,7 @@ class Dispatcher:
             if pair is not None:
                 self._suspects.remove(work)
                 del work.request.waiting[work]
+                self._claims.sent(pair, self.placement.workers)
                 self.placement.dispatch(pair, need)
                 self._suspects.running = self.running.send(work, pair, now)
                 return cost + need.num_choices

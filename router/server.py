@@ -24,6 +24,7 @@ from paceline.router.model import ServedModel
 from paceline.router.prompt_encoder import PromptEncoder
 from paceline.router.settings import RouterSettings
 from paceline.router.worker_link import WorkerLink
+from paceline.router.worker_messages import WorkerClaim
 from paceline.router.worker_view import WorkerMember
 from paceline.silence import Company
 from paceline.v1 import inference_pb2, inference_pb2_grpc
@@ -84,6 +85,15 @@ class _LinkCommands:
     def cancel(self, worker_id: str, key: AttemptKey, choices: tuple[int, ...]) -> None:
         message = worker_pb2.Cancel(request_id=key.request_id, attempt=key.attempt, choices=choices)
         self._send(worker_id, worker_pb2.SessionRequest(cancel=message))
+
+    def claim(self, worker_id: str, claim: WorkerClaim) -> None:
+        message = worker_pb2.Claim(
+            num_blocks=claim.num_blocks,
+            num_sequences=claim.num_sequences,
+            waited_ms=round(claim.waited_s * 1000),
+            holds=claim.holds,
+        )
+        self._send(worker_id, worker_pb2.SessionRequest(claim=message))
 
     def _send(self, worker_id: str, message: worker_pb2.SessionRequest) -> None:
         link = self._links.get(worker_id)

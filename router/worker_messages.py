@@ -22,6 +22,17 @@ class TokenColumns(NamedTuple):
     """How long they have waited for this router."""
 
 
+class WorkerClaim(NamedTuple):
+    """What the router's next work needs at a worker."""
+
+    num_blocks: int
+    num_sequences: int
+    """0: nothing waits any more."""
+    waited_s: float
+    holds: bool
+    """Whether the worker keeps room free until the work fits."""
+
+
 class WorkerCommands(Protocol):
     """What the dispatcher tells workers; nothing here may call back into it."""
 
@@ -33,3 +44,6 @@ class WorkerCommands(Protocol):
 
     def cancel(self, worker_id: str, key: AttemptKey, choices: tuple[int, ...]) -> None:
         """Have a worker give up choices of an attempt; all of them if `choices` is empty."""
+
+    def claim(self, worker_id: str, claim: WorkerClaim) -> None:
+        """Claim room; replaces the claim before it, and ends with the next work sent there."""

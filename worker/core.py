@@ -21,7 +21,7 @@ class Peer(NamedTuple):
 
 
 class LoadReport(NamedTuple):
-    """What the worker can still take from one router; see `Load` in worker.proto."""
+    """What the worker can still take; see `Load` in worker.proto."""
 
     credit_blocks: int
     credit_sequences: int
@@ -80,8 +80,8 @@ class Core(Protocol):
     def apply(self, result: StepResult, now: float) -> None:
         """Take the result of the oldest step that was launched and not applied."""
 
-    def load(self, session: int, num_sessions: int) -> LoadReport:
-        """Say what a router may send now."""
+    def load(self) -> LoadReport:
+        """Say what all routers together may send now."""
 
     @property
     def is_idle(self) -> bool:

@@ -237,8 +237,8 @@ class WorkerProcess:
 
     def _after_round(self, parts: WorkerParts, core: Core) -> None:
         """On the engine thread, so that nobody else has to look into the core."""
-        parts.sessions.report(core)
-        self._snapshot = (core.load(-1, 1), core.is_idle)
+        parts.sessions.report(core, time.monotonic())
+        self._snapshot = (core.load(), core.is_idle)
 
     def _load(
         self, on_step: Callable[[str, float], None], on_progress: Callable[[str, float], None]

@@ -7,6 +7,7 @@ from paceline.internal.v1 import worker_pb2 as wire_messages
 from paceline.request import AttemptKey, FailureReason, Span
 from paceline.wire import failure_reason_to_proto, pack_uint32, span_to_proto, top_logprobs_to_proto
 from paceline.worker.core import Core, LoadReport
+from paceline.worker.credit import Claim, Offers, Room, offer
 from paceline.worker.outgoing import Outgoing
 from paceline.worker.step_output import StepOutput
 
@@ -29,6 +30,7 @@ class RouterSessions:
 
     def __init__(self) -> None:
         self._sessions: dict[int, _Session] = {}
+        self._claims: dict[int, Claim] = {}
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -38,9 +40,29 @@ class RouterSessions:
 
     def close(self, session: int) -> None:
         self._sessions.pop(session, None)
+        self._claims.pop(session, None)
+
+    def claim(
+        self,
+        session: int,
+        num_blocks: int,
+        num_sequences: int,
+        waited_s: float,
+        holds: bool,
+        now: float,
+    ) -> None:
+        """Take what a router's next work needs here; no sequences: nothing waits any more."""
+        if num_sequences and session in self._sessions:
+            self._claims[session] = Claim(num_blocks, num_sequences, now - waited_s, holds, now)
+        else:
+            self._claims.pop(session, None)
 
     def count_dispatch(self, session: int) -> None:
-        """Count a dispatch of this router as seen, so that its next load includes it."""
+        """Count a dispatch of this router as seen, so that its next load includes it.
+
+        The work was what the router's claim stood for, so that ends.
+        """
+        self._claims.pop(session, None)
         if session in self._sessions:
             self._sessions[session].num_dispatches_seen += 1
 
@@ -85,13 +107,27 @@ class RouterSessions:
         )
         self._send(session, wire_messages.SessionResponse(phase=phase))
 
-    def report(self, core: Core) -> None:
+    def report(self, core: Core, now: float) -> None:
         """Send every router its new tokens and, when it changed, the load."""
+        whole = core.load()
+        offers = self._offers(whole, now)
         for number, session in self._sessions.items():
-            load = core.load(number, len(self._sessions))
+            room = offers.claimed.get(number, offers.rest)
+            load = whole._replace(
+                credit_blocks=room.num_blocks, credit_sequences=room.num_sequences
+            )
             news = (load, session.num_dispatches_seen) != session.reported
             if session.output is not None or news:
                 self._report(session, load)
+
+    def first_load(self, core: Core, now: float) -> LoadReport:
+        """Say what a router that has just connected may send."""
+        load = core.load()
+        room = self._offers(load, now).rest
+        return load._replace(credit_blocks=room.num_blocks, credit_sequences=room.num_sequences)
+
+    def _offers(self, load: LoadReport, now: float) -> Offers:
+        return offer(Room(load.credit_blocks, load.credit_sequences), self._claims, now)
 
     def _report(self, session: _Session, load: LoadReport | None) -> None:
         step = step_report(session.output or StepOutput())

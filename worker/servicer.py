@@ -82,7 +82,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         number = next(self._numbers)
         stream: SessionStream = Outgoing(_HEARTBEAT, HEARTBEAT_S)
         self._streams.add(stream)
-        self._mailbox.post(lambda now: self._open(number, stream))
+        self._mailbox.post(lambda now: self._open(number, stream, now))
         receiving = asyncio.create_task(self._receive(number, request_iterator, stream))
         try:
             async for response in stream:
@@ -122,9 +122,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             "longer than its steps take",
         )
 
-    def _open(self, number: int, stream: SessionStream) -> None:
+    def _open(self, number: int, stream: SessionStream, now: float) -> None:
         self._sessions.open(number, stream)
-        load = self._core.load(number, len(self._sessions))
+        load = self._sessions.first_load(self._core, now)
         welcome = wire_messages.Welcome(
             worker_id=self._identity.worker_id,
             incarnation=self._identity.incarnation,
@@ -164,6 +164,18 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         elif kind == "admit":
             source = request.admit.source if request.admit.HasField("source") else None
             self._dispatch(number, request.admit.work, source, stream)
+        elif kind == "claim":
+            claim = request.claim
+            self._mailbox.post(
+                lambda now: self._sessions.claim(
+                    number,
+                    claim.num_blocks,
+                    claim.num_sequences,
+                    claim.waited_ms / 1000,
+                    claim.holds,
+                    now,
+                )
+            )
         elif kind == "cancel":
             key = AttemptKey(request.cancel.request_id, request.cancel.attempt)
             # No work has more choices than this, so what follows names none.

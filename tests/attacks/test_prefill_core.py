@@ -126,9 +126,9 @@ def test_idle_worker_offers_its_whole_pool_to_each_of_two_routers() -> None:
     """Else a prompt of more than half the pool is never dispatched while two routers live."""
     worker = Worker(num_blocks=64)
     assert worker.core.is_idle
-    assert worker.core.load(1, 2).credit_blocks == 64
+    assert worker.core.load().credit_blocks == 64
     worker.dispatch(1)
-    assert worker.core.load(1, 2).credit_blocks < 64
+    assert worker.core.load().credit_blocks < 64
 
 
 def test_choices_cancelled_one_by_one_after_the_last_chunk_leave_no_lease() -> None:

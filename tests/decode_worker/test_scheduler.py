@@ -193,7 +193,7 @@ def test_the_source_of_a_copy_is_kept_until_the_copy_has_run(runs_late: bool) ->
     simulation.step()
     assert simulation.runner.num_blocks_copied == (0 if runs_late else 1)
     source = forked.block_ids[-1]
-    num_blocks = simulation.scheduler.load(1, 1).credit_blocks - 1  # one is for growth
+    num_blocks = simulation.scheduler.load().credit_blocks - 1  # one is for growth
     work = simulation.make_work("s", list(range(num_blocks * BLOCK_TOKENS)), sampling=SEEDED)
     answer = simulation.admit(work)
     assert isinstance(answer, Admitted)
@@ -340,7 +340,7 @@ def test_a_draining_worker_refuses_and_gives_no_credit() -> None:
     refused = simulation.admit(simulation.make_work("s", PROMPT))
     assert isinstance(refused, Refused)
     assert refused.reason is FailureReason.DRAINING
-    load = simulation.scheduler.load(1, 1)
+    load = simulation.scheduler.load()
     assert (load.credit_blocks, load.credit_sequences, load.draining) == (0, 0, True)
     simulation.run_to_end()
     simulation.assert_complete(dispatch)
@@ -348,14 +348,12 @@ def test_a_draining_worker_refuses_and_gives_no_credit() -> None:
 
 def test_credit_leaves_out_promises_running_sequences_and_the_watermark() -> None:
     simulation = DecodeSimulation(num_blocks=40, watermark_blocks=3)
-    assert simulation.scheduler.load(1, 1).credit_blocks == 40
+    assert simulation.scheduler.load().credit_blocks == 40
     simulation.run("r", PROMPT, choices=(0, 1), sampling=SEEDED)
     simulation.step()
     # 2 full blocks, 2 partial ones, 2 promised, one for each of 2 running, 3 of the watermark.
-    assert simulation.scheduler.load(1, 1).credit_blocks == 40 - 2 - 2 - 2 - 2 - 3
-    assert simulation.scheduler.load(1, 1).credit_sequences == 6
-    assert simulation.scheduler.load(1, 2).credit_blocks == 29 * 2 // 3
-    assert simulation.scheduler.load(2, 2).credit_blocks == 29 * 1 // 3
+    assert simulation.scheduler.load().credit_blocks == 40 - 2 - 2 - 2 - 2 - 3
+    assert simulation.scheduler.load().credit_sequences == 6
 
 
 def test_a_result_out_of_order_is_a_bug() -> None:

@@ -218,7 +218,7 @@ class DecodeSchedulerStates(RuleBasedStateMachine):
     @invariant()
     def counts_add_up(self) -> None:
         self.simulation.scheduler.check_integrity()
-        load = self.simulation.scheduler.load(1, 1)
+        load = self.simulation.scheduler.load()
         assert 0 <= load.credit_blocks <= load.num_free_blocks
         assert self.simulation.allocator.num_available >= 0
 

@@ -123,7 +123,7 @@ def costs(num_waiting: int) -> dict[str, int]:
     dispatch("of another", session=7)
     counts = {
         "dispatch": num_opcodes(lambda: dispatch("new", session=8)),
-        "load": num_opcodes(lambda: core.load(8, 5)),
+        "load": num_opcodes(core.load),
         "tick": num_opcodes(lambda: core.tick(1.0)),
         "idle": num_opcodes(lambda: core.is_idle or simulation.scheduler.has_work),
     }

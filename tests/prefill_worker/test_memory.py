@@ -91,7 +91,7 @@ class Worker:
             self.hear(kv_pb2.ReadLeasesRequest(confirm=confirm))
         self.mailbox.run_calls(self.now)
         self.core.tick(self.now)
-        self.routers.report(self.core)
+        self.routers.report(self.core, self.now)
         assert self.to_router._waiting
         assert self.to_reader._waiting
         self.to_router._waiting.clear()  # as if they had been sent

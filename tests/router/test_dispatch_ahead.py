@@ -9,6 +9,7 @@ from paceline.request import AttemptKey, Work
 from paceline.router.capacity import WorkerPool
 from paceline.router.dispatch import Dispatcher
 from paceline.router.settings import RouterSettings
+from paceline.router.worker_messages import WorkerClaim
 from paceline.router.worker_view import Role, WorkerLoad, WorkerMember, WorkerView
 
 RATE = 9000
@@ -37,6 +38,9 @@ class Recorder:
         self.num_dispatches += 1
 
     def admit(self, worker_id: str, work: Work, source: WorkerMember | None) -> None:
+        pass
+
+    def claim(self, worker_id: str, claim: WorkerClaim) -> None:
         pass
 
     def cancel(self, worker_id: str, key: AttemptKey, choices: tuple[int, ...]) -> None:

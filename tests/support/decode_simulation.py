@@ -272,7 +272,7 @@ class DecodeSimulation:
         self.scheduler.check_integrity()
         assert self.scheduler.is_idle
         assert self.allocator.num_available == self.allocator.num_blocks
-        load = self.scheduler.load(1, 1)
+        load = self.scheduler.load()
         assert load.num_running == load.num_pending_tokens == 0
         assert load.num_free_blocks == self.allocator.num_blocks
 

@@ -42,6 +42,7 @@ from paceline.router.dispatch import Dispatcher
 from paceline.router.lag import LoopLag
 from paceline.router.settings import RouterSettings
 from paceline.router.worker_link import WorkerLink, _load
+from paceline.router.worker_messages import WorkerClaim
 from paceline.router.worker_view import Role, WorkerMember, WorkerView
 from paceline.silence import Company, Silence
 from paceline.worker import kv_owner, kv_reader
@@ -153,7 +154,7 @@ class SimWorker:
         ready, self.in_flight = (self.in_flight, launched) if self.overlap else (launched, None)
         if ready is not None:
             self.core.apply(self.runner.finish(ready, self.allocator), now)
-        self.sessions.report(self.core)
+        self.sessions.report(self.core, now)
         self.core.check_integrity()
         # Whoever still reads a block that has been freed shall notice.
         self.runner.pool[self.allocator._free] = GARBAGE
@@ -413,7 +414,7 @@ class RouterStream:
     def _open_at_worker(self, now: float) -> None:
         """As in `WorkerServicer._open`."""
         self.worker.sessions.open(self.number, self.to_router)
-        load = self.worker.core.load(self.number, len(self.worker.sessions))
+        load = self.worker.sessions.first_load(self.worker.core, now)
         self.to_router.send(("welcome", load_message(load, 0)))
 
     def dispatch(self, work: Work, peer: Peer | None) -> None:
@@ -427,6 +428,12 @@ class RouterStream:
                 )
             else:
                 self.worker.core.dispatch(self.number, work, peer, now)
+
+        self.to_worker.append(lambda: self.worker.mailbox.post(call))
+
+    def claim(self, claim: WorkerClaim) -> None:
+        def call(now: float) -> None:
+            self.worker.sessions.claim(self.number, *claim, now)
 
         self.to_worker.append(lambda: self.worker.mailbox.post(call))
 
@@ -559,6 +566,9 @@ class World:
     def admit(self, worker_id: str, work: Work, source: WorkerMember | None) -> None:
         peer = None if source is None else Peer(source.worker_id, 1, source.address)
         self.streams[worker_id].dispatch(work, peer)
+
+    def claim(self, worker_id: str, claim: WorkerClaim) -> None:
+        self.streams[worker_id].claim(claim)
 
     def cancel(self, worker_id: str, key: AttemptKey, choices: tuple[int, ...]) -> None:
         self.streams[worker_id].cancel(key, choices)

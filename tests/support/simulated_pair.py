@@ -20,7 +20,7 @@ from paceline.request import (
 from paceline.router.capacity import WorkerPool
 from paceline.router.dispatch import Dispatcher
 from paceline.router.settings import RouterSettings
-from paceline.router.worker_messages import TokenColumns
+from paceline.router.worker_messages import TokenColumns, WorkerClaim
 from paceline.router.worker_view import Role, WorkerLoad, WorkerMember, WorkerView
 
 POISON = "poison"
@@ -222,6 +222,9 @@ class SimulatedCluster:
         if source is not None:
             self.sources[work.key] = source.worker_id
         worker.inbox.append(lambda: worker.take(work, source is not None))
+
+    def claim(self, worker_id: str, claim: WorkerClaim) -> None:
+        """There is no other router that could be offered less."""
 
     def cancel(self, worker_id: str, key: AttemptKey, choices: tuple[int, ...]) -> None:
         self.cancels.append((worker_id, key, choices))

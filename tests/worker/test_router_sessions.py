@@ -22,7 +22,7 @@ class LoadedCore:
     def __init__(self) -> None:
         self.value = LOAD
 
-    def load(self, session: int, num_sessions: int) -> LoadReport:
+    def load(self) -> LoadReport:
         return self.value
 
 
@@ -37,7 +37,7 @@ async def open_sessions(core: Any) -> tuple[RouterSessions, list[worker_pb2.Sess
     sent: list[worker_pb2.SessionResponse] = []
     stream.send = sent.append  # type: ignore[method-assign]
     sessions.open(7, stream)
-    sessions.report(core)
+    sessions.report(core, 0.0)
     return sessions, sent
 
 
@@ -46,7 +46,7 @@ async def test_tokens_of_a_round_travel_with_the_load_after_it() -> None:
     sessions, sent = await open_sessions(core)
     sessions.send_output(7, make_output(3))
     core.value = LOAD._replace(credit_blocks=9)
-    sessions.report(core)
+    sessions.report(core, 0.0)
     step = sent[-1].step
     assert list(unpack_uint32(step.stream_ids)) == [3]
     assert list(unpack_uint32(step.token_ids)) == [103]
@@ -71,7 +71,7 @@ async def test_an_early_message_claims_no_load_that_is_not_known_yet() -> None:
 async def test_nothing_is_sent_while_nothing_changes() -> None:
     core = LoadedCore()
     sessions, sent = await open_sessions(core)
-    sessions.report(core)
+    sessions.report(core, 0.0)
     assert len(sent) == 1
 
 
@@ -79,7 +79,7 @@ async def test_a_counted_dispatch_is_told_even_if_the_load_is_the_same() -> None
     core = LoadedCore()
     sessions, sent = await open_sessions(core)
     sessions.count_dispatch(7)
-    sessions.report(core)
+    sessions.report(core, 0.0)
     assert sent[-1].step.load.num_dispatches_seen == 1
 
 
@@ -89,7 +89,7 @@ async def test_a_session_that_has_ended_is_told_nothing() -> None:
     sessions.close(7)
     sessions.send_output(7, make_output(3))
     sessions.send_failure(7, (3,), FailureReason.INTERNAL, "x")
-    sessions.report(core)
+    sessions.report(core, 0.0)
     assert len(sent) == 1
 
 
@@ -98,7 +98,27 @@ async def test_every_report_says_when_it_was_made_by_a_clock_that_never_goes_bac
     sessions, sent = await open_sessions(core)
     for stream_id in range(3):
         sessions.send_output(7, make_output(stream_id))
-        sessions.report(core)
+        sessions.report(core, 0.0)
     times_s = [message.step.made_s for message in sent if message.step.HasField("made_s")]
     assert len(times_s) == len(sent)
     assert times_s == sorted(times_s)
+
+
+async def test_claim_lasts_until_the_next_dispatch_or_the_end_of_its_session() -> None:
+    core = LoadedCore()
+    sessions, sent = await open_sessions(core)
+    other: list[worker_pb2.SessionResponse] = []
+    stream: Outgoing[worker_pb2.SessionResponse] = Outgoing()
+    stream.send = other.append  # type: ignore[method-assign]
+    sessions.open(8, stream)
+    for end_claim in (
+        lambda: sessions.count_dispatch(8),
+        lambda: sessions.claim(8, 0, 0, 0.0, False, 0.0),
+        lambda: sessions.close(8),
+    ):
+        sessions.claim(8, 100, 1, 5.0, True, 0.0)
+        sessions.report(core, 0.0)
+        assert sent[-1].step.load.credit_blocks == 0
+        end_claim()
+        sessions.report(core, 0.0)
+        assert sent[-1].step.load.credit_blocks == LOAD.credit_blocks

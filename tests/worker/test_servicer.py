@@ -41,7 +41,7 @@ class RecordingCore:
     def end_session(self, session: int, now: float) -> None:
         self.calls.append(("end_session", session))
 
-    def load(self, session: int, num_sessions: int) -> LoadReport:
+    def load(self) -> LoadReport:
         return LoadReport(10, 4, 0, 0, 10, False)
 
 
@@ -57,7 +57,7 @@ class Engine:
     def _run(self) -> None:
         while not self._stop:
             self.mailbox.run_calls(0.0)
-            self.sessions.report(self.core)  # type: ignore[arg-type]
+            self.sessions.report(self.core, 0.0)  # type: ignore[arg-type]
             self.mailbox.wait(0.01)
 
     def stop(self) -> None:

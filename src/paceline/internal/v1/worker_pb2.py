@@ -25,45 +25,47 @@ _sym_db = _symbol_database.Default()
 from paceline.v1 import inference_pb2 as paceline_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!paceline/internal/v1/worker.proto\x12\x14paceline.internal.v1\x1a\x1bpaceline/v1/inference.proto\"\xd9\x01\n\x0eSessionRequest\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.paceline.internal.v1.HelloH\x00\x12\x30\n\x07prefill\x18\x02 \x01(\x0b\x32\x1d.paceline.internal.v1.PrefillH\x00\x12,\n\x05\x61\x64mit\x18\x03 \x01(\x0b\x32\x1b.paceline.internal.v1.AdmitH\x00\x12.\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x1c.paceline.internal.v1.CancelH\x00\x42\t\n\x07message\"R\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x1a\n\x12router_incarnation\x18\x02 \x01(\x04\x12\x1a\n\x12worker_incarnation\x18\x03 \x01(\x04\"\xc3\x01\n\x04Work\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0f\n\x07\x63hoices\x18\x03 \x03(\r\x12\x12\n\nstream_ids\x18\x04 \x03(\r\x12\x18\n\x10prompt_token_ids\x18\x05 \x03(\r\x12\x18\n\x10output_token_ids\x18\x06 \x03(\r\x12-\n\x08sampling\x18\x07 \x01(\x0b\x32\x1b.paceline.v1.SamplingParams\x12\x0e\n\x06tenant\x18\x08 \x01(\t\"H\n\rWorkerAddress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"h\n\x07Prefill\x12(\n\x04work\x18\x01 \x01(\x0b\x32\x1a.paceline.internal.v1.Work\x12\x33\n\x06reader\x18\x02 \x01(\x0b\x32#.paceline.internal.v1.WorkerAddress\"f\n\x05\x41\x64mit\x12(\n\x04work\x18\x01 \x01(\x0b\x32\x1a.paceline.internal.v1.Work\x12\x33\n\x06source\x18\x02 \x01(\x0b\x32#.paceline.internal.v1.WorkerAddress\">\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0f\n\x07\x63hoices\x18\x03 \x03(\r\"\x9c\x02\n\x0fSessionResponse\x12\x30\n\x07welcome\x18\x01 \x01(\x0b\x32\x1d.paceline.internal.v1.WelcomeH\x00\x12\x30\n\x04step\x18\x02 \x01(\x0b\x32 .paceline.internal.v1.StepReportH\x00\x12\x34\n\tadmission\x18\x03 \x01(\x0b\x32\x1f.paceline.internal.v1.AdmissionH\x00\x12\x30\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1d.paceline.internal.v1.FailureH\x00\x12\x32\n\x05phase\x18\x05 \x01(\x0b\x32!.paceline.internal.v1.PhaseReportH\x00\x42\t\n\x07message\"\xb9\x01\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x1c\n\x14local_prefill_tokens\x18\x05 \x01(\r\x12(\n\x04load\x18\x06 \x01(\x0b\x32\x1a.paceline.internal.v1.Load\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\"\xfa\x01\n\nStepReport\x12\x12\n\nstream_ids\x18\x01 \x01(\x0c\x12\x0f\n\x07indices\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x35\n\x08logprobs\x18\x04 \x03(\x0b\x32#.paceline.internal.v1.TokenLogprobs\x12\x1b\n\x13\x66inished_stream_ids\x18\x05 \x01(\x0c\x12\x16\n\x0e\x66inish_reasons\x18\x06 \x01(\x0c\x12(\n\x04load\x18\x07 \x01(\x0b\x32\x1a.paceline.internal.v1.Load\x12\x13\n\x06made_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_made_s\"Z\n\rTokenLogprobs\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.paceline.v1.TokenLogprob\"\xce\x01\n\x04Load\x12\x15\n\rcredit_blocks\x18\x01 \x01(\r\x12\x18\n\x10\x63redit_sequences\x18\x02 \x01(\r\x12\x1b\n\x13num_dispatches_seen\x18\x03 \x01(\x04\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x1a\n\x12num_pending_tokens\x18\x05 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x06 \x01(\r\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x1c\n\x14prefill_tokens_per_s\x18\x08 \x01(\r\"j\n\tAdmission\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08\x61\x64mitted\x18\x03 \x01(\x08\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\"c\n\x07\x46\x61ilure\x12\x12\n\nstream_ids\x18\x01 \x03(\r\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.paceline.internal.v1.FailureReason\x12\x0f\n\x07message\x18\x03 \x01(\t\"y\n\x0bPhaseReport\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12 \n\x05spans\x18\x03 \x03(\x0b\x32\x11.paceline.v1.Span\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x04\x12\x11\n\ttransport\x18\x05 \x01(\t*\xe6\x01\n\rFailureReason\x12\x1e\n\x1a\x46\x41ILURE_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46\x41ILURE_REASON_REFUSED\x10\x01\x12\x1d\n\x19\x46\x41ILURE_REASON_LEASE_LOST\x10\x02\x12\x1c\n\x18\x46\x41ILURE_REASON_PREEMPTED\x10\x03\x12\x1b\n\x17\x46\x41ILURE_REASON_DRAINING\x10\x04\x12\"\n\x1e\x46\x41ILURE_REASON_PROMISE_EXPIRED\x10\x05\x12\x1b\n\x17\x46\x41ILURE_REASON_INTERNAL\x10\x06\x32k\n\rWorkerService\x12Z\n\x07Session\x12$.paceline.internal.v1.SessionRequest\x1a%.paceline.internal.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!paceline/internal/v1/worker.proto\x12\x14paceline.internal.v1\x1a\x1bpaceline/v1/inference.proto\"\x87\x02\n\x0eSessionRequest\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.paceline.internal.v1.HelloH\x00\x12\x30\n\x07prefill\x18\x02 \x01(\x0b\x32\x1d.paceline.internal.v1.PrefillH\x00\x12,\n\x05\x61\x64mit\x18\x03 \x01(\x0b\x32\x1b.paceline.internal.v1.AdmitH\x00\x12.\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x1c.paceline.internal.v1.CancelH\x00\x12,\n\x05\x63laim\x18\x05 \x01(\x0b\x32\x1b.paceline.internal.v1.ClaimH\x00\x42\t\n\x07message\"R\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x1a\n\x12router_incarnation\x18\x02 \x01(\x04\x12\x1a\n\x12worker_incarnation\x18\x03 \x01(\x04\"\xc3\x01\n\x04Work\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0f\n\x07\x63hoices\x18\x03 \x03(\r\x12\x12\n\nstream_ids\x18\x04 \x03(\r\x12\x18\n\x10prompt_token_ids\x18\x05 \x03(\r\x12\x18\n\x10output_token_ids\x18\x06 \x03(\r\x12-\n\x08sampling\x18\x07 \x01(\x0b\x32\x1b.paceline.v1.SamplingParams\x12\x0e\n\x06tenant\x18\x08 \x01(\t\"H\n\rWorkerAddress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"h\n\x07Prefill\x12(\n\x04work\x18\x01 \x01(\x0b\x32\x1a.paceline.internal.v1.Work\x12\x33\n\x06reader\x18\x02 \x01(\x0b\x32#.paceline.internal.v1.WorkerAddress\"f\n\x05\x41\x64mit\x12(\n\x04work\x18\x01 \x01(\x0b\x32\x1a.paceline.internal.v1.Work\x12\x33\n\x06source\x18\x02 \x01(\x0b\x32#.paceline.internal.v1.WorkerAddress\">\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0f\n\x07\x63hoices\x18\x03 \x03(\r\"T\n\x05\x43laim\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x15\n\rnum_sequences\x18\x02 \x01(\r\x12\x11\n\twaited_ms\x18\x03 \x01(\x04\x12\r\n\x05holds\x18\x04 \x01(\x08\"\x9c\x02\n\x0fSessionResponse\x12\x30\n\x07welcome\x18\x01 \x01(\x0b\x32\x1d.paceline.internal.v1.WelcomeH\x00\x12\x30\n\x04step\x18\x02 \x01(\x0b\x32 .paceline.internal.v1.StepReportH\x00\x12\x34\n\tadmission\x18\x03 \x01(\x0b\x32\x1f.paceline.internal.v1.AdmissionH\x00\x12\x30\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1d.paceline.internal.v1.FailureH\x00\x12\x32\n\x05phase\x18\x05 \x01(\x0b\x32!.paceline.internal.v1.PhaseReportH\x00\x42\t\n\x07message\"\xb9\x01\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x1c\n\x14local_prefill_tokens\x18\x05 \x01(\r\x12(\n\x04load\x18\x06 \x01(\x0b\x32\x1a.paceline.internal.v1.Load\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\"\xfa\x01\n\nStepReport\x12\x12\n\nstream_ids\x18\x01 \x01(\x0c\x12\x0f\n\x07indices\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x35\n\x08logprobs\x18\x04 \x03(\x0b\x32#.paceline.internal.v1.TokenLogprobs\x12\x1b\n\x13\x66inished_stream_ids\x18\x05 \x01(\x0c\x12\x16\n\x0e\x66inish_reasons\x18\x06 \x01(\x0c\x12(\n\x04load\x18\x07 \x01(\x0b\x32\x1a.paceline.internal.v1.Load\x12\x13\n\x06made_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_made_s\"Z\n\rTokenLogprobs\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.paceline.v1.TokenLogprob\"\xce\x01\n\x04Load\x12\x15\n\rcredit_blocks\x18\x01 \x01(\r\x12\x18\n\x10\x63redit_sequences\x18\x02 \x01(\r\x12\x1b\n\x13num_dispatches_seen\x18\x03 \x01(\x04\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x1a\n\x12num_pending_tokens\x18\x05 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x06 \x01(\r\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x1c\n\x14prefill_tokens_per_s\x18\x08 \x01(\r\"j\n\tAdmission\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08\x61\x64mitted\x18\x03 \x01(\x08\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\"c\n\x07\x46\x61ilure\x12\x12\n\nstream_ids\x18\x01 \x03(\r\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.paceline.internal.v1.FailureReason\x12\x0f\n\x07message\x18\x03 \x01(\t\"y\n\x0bPhaseReport\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12 \n\x05spans\x18\x03 \x03(\x0b\x32\x11.paceline.v1.Span\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x04\x12\x11\n\ttransport\x18\x05 \x01(\t*\xe6\x01\n\rFailureReason\x12\x1e\n\x1a\x46\x41ILURE_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46\x41ILURE_REASON_REFUSED\x10\x01\x12\x1d\n\x19\x46\x41ILURE_REASON_LEASE_LOST\x10\x02\x12\x1c\n\x18\x46\x41ILURE_REASON_PREEMPTED\x10\x03\x12\x1b\n\x17\x46\x41ILURE_REASON_DRAINING\x10\x04\x12\"\n\x1e\x46\x41ILURE_REASON_PROMISE_EXPIRED\x10\x05\x12\x1b\n\x17\x46\x41ILURE_REASON_INTERNAL\x10\x06\x32k\n\rWorkerService\x12Z\n\x07Session\x12$.paceline.internal.v1.SessionRequest\x1a%.paceline.internal.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'paceline.internal.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FAILUREREASON']._serialized_start=2300
-  _globals['_FAILUREREASON']._serialized_end=2530
+  _globals['_FAILUREREASON']._serialized_start=2432
+  _globals['_FAILUREREASON']._serialized_end=2662
   _globals['_SESSIONREQUEST']._serialized_start=89
-  _globals['_SESSIONREQUEST']._serialized_end=306
-  _globals['_HELLO']._serialized_start=308
-  _globals['_HELLO']._serialized_end=390
-  _globals['_WORK']._serialized_start=393
-  _globals['_WORK']._serialized_end=588
-  _globals['_WORKERADDRESS']._serialized_start=590
-  _globals['_WORKERADDRESS']._serialized_end=662
-  _globals['_PREFILL']._serialized_start=664
-  _globals['_PREFILL']._serialized_end=768
-  _globals['_ADMIT']._serialized_start=770
-  _globals['_ADMIT']._serialized_end=872
-  _globals['_CANCEL']._serialized_start=874
-  _globals['_CANCEL']._serialized_end=936
-  _globals['_SESSIONRESPONSE']._serialized_start=939
-  _globals['_SESSIONRESPONSE']._serialized_end=1223
-  _globals['_WELCOME']._serialized_start=1226
-  _globals['_WELCOME']._serialized_end=1411
-  _globals['_STEPREPORT']._serialized_start=1414
-  _globals['_STEPREPORT']._serialized_end=1664
-  _globals['_TOKENLOGPROBS']._serialized_start=1666
-  _globals['_TOKENLOGPROBS']._serialized_end=1756
-  _globals['_LOAD']._serialized_start=1759
-  _globals['_LOAD']._serialized_end=1965
-  _globals['_ADMISSION']._serialized_start=1967
-  _globals['_ADMISSION']._serialized_end=2073
-  _globals['_FAILURE']._serialized_start=2075
-  _globals['_FAILURE']._serialized_end=2174
-  _globals['_PHASEREPORT']._serialized_start=2176
-  _globals['_PHASEREPORT']._serialized_end=2297
-  _globals['_WORKERSERVICE']._serialized_start=2532
-  _globals['_WORKERSERVICE']._serialized_end=2639
+  _globals['_SESSIONREQUEST']._serialized_end=352
+  _globals['_HELLO']._serialized_start=354
+  _globals['_HELLO']._serialized_end=436
+  _globals['_WORK']._serialized_start=439
+  _globals['_WORK']._serialized_end=634
+  _globals['_WORKERADDRESS']._serialized_start=636
+  _globals['_WORKERADDRESS']._serialized_end=708
+  _globals['_PREFILL']._serialized_start=710
+  _globals['_PREFILL']._serialized_end=814
+  _globals['_ADMIT']._serialized_start=816
+  _globals['_ADMIT']._serialized_end=918
+  _globals['_CANCEL']._serialized_start=920
+  _globals['_CANCEL']._serialized_end=982
+  _globals['_CLAIM']._serialized_start=984
+  _globals['_CLAIM']._serialized_end=1068
+  _globals['_SESSIONRESPONSE']._serialized_start=1071
+  _globals['_SESSIONRESPONSE']._serialized_end=1355
+  _globals['_WELCOME']._serialized_start=1358
+  _globals['_WELCOME']._serialized_end=1543
+  _globals['_STEPREPORT']._serialized_start=1546
+  _globals['_STEPREPORT']._serialized_end=1796
+  _globals['_TOKENLOGPROBS']._serialized_start=1798
+  _globals['_TOKENLOGPROBS']._serialized_end=1888
+  _globals['_LOAD']._serialized_start=1891
+  _globals['_LOAD']._serialized_end=2097
+  _globals['_ADMISSION']._serialized_start=2099
+  _globals['_ADMISSION']._serialized_end=2205
+  _globals['_FAILURE']._serialized_start=2207
+  _globals['_FAILURE']._serialized_end=2306
+  _globals['_PHASEREPORT']._serialized_start=2308
+  _globals['_PHASEREPORT']._serialized_end=2429
+  _globals['_WORKERSERVICE']._serialized_start=2664
+  _globals['_WORKERSERVICE']._serialized_end=2771
 # @@protoc_insertion_point(module_scope)

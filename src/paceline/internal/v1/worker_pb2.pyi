@@ -70,6 +70,7 @@ class SessionRequest(_message.Message):
     PREFILL_FIELD_NUMBER: _builtins.int
     ADMIT_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    CLAIM_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First message of the stream."""
@@ -86,6 +87,10 @@ class SessionRequest(_message.Message):
     def cancel(self) -> Global___Cancel:
         """Give up an attempt or some of its choices."""
 
+    @_builtins.property
+    def claim(self) -> Global___Claim:
+        """What the router's next work needs here."""
+
     def __init__(
         self,
         *,
@@ -93,12 +98,13 @@ class SessionRequest(_message.Message):
         prefill: Global___Prefill | None = ...,
         admit: Global___Admit | None = ...,
         cancel: Global___Cancel | None = ...,
+        claim: Global___Claim | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "cancel", b"cancel", "hello", b"hello", "message", b"message", "prefill", b"prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "cancel", b"cancel", "claim", b"claim", "hello", b"hello", "message", b"message", "prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "cancel", b"cancel", "hello", b"hello", "message", b"message", "prefill", b"prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "cancel", b"cancel", "claim", b"claim", "hello", b"hello", "message", b"message", "prefill", b"prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "prefill", "admit", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "prefill", "admit", "cancel", "claim"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -315,6 +321,42 @@ class Cancel(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
+
+@_typing.final
+class Claim(_message.Message):
+    """Claims room for work that waits because none was offered. It replaces the claim before it and ends
+    with the next Prefill or Admit of the session. Routers renew it every second.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
+    WAITED_MS_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
+    num_blocks: _builtins.int
+    """Blocks that the work needs."""
+    num_sequences: _builtins.int
+    """Sequences that the work needs; 0: nothing waits any more."""
+    waited_ms: _builtins.int
+    """Milliseconds for which the work has waited."""
+    holds: _builtins.bool
+    """Whether the worker keeps room free until the work fits."""
+    def __init__(
+        self,
+        *,
+        num_blocks: _builtins.int = ...,
+        num_sequences: _builtins.int = ...,
+        waited_ms: _builtins.int = ...,
+        holds: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holds", b"holds", "num_blocks", b"num_blocks", "num_sequences", b"num_sequences", "waited_ms", b"waited_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Claim: _TypeAlias = Claim  # noqa: Y015
 
 @_typing.final
 class SessionResponse(_message.Message):
