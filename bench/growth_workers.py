@@ -120,7 +120,7 @@ def measure_prefill(num_waiting: int) -> Times:
     more = list(itertools.islice(source, NUM_REPEATS))
     times = {
         "dispatch": time_each(lambda work: core.dispatch(0, work, PEER, 1.0), more),
-        "load for a router": time_again(lambda: core.load()),
+        "load for a router": time_again(core.load),
         "cancel": time_each(lambda work: core.cancel(0, work.key, (), 1.0), more),
     }
     for work in more[:10]:
@@ -173,7 +173,7 @@ def measure_decode(num_waiting: int) -> Times:
     gc.freeze()
     times = {
         "admit": time_each(admit, more),
-        "load for a router": time_again(lambda: scheduler.load()),
+        "load for a router": time_again(scheduler.load),
         "progress of an import": time_each(
             lambda work: scheduler.import_progressed(work.key, 1.0), more
         ),
