@@ -6,6 +6,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from paceline.engine.gguf.metadata import short
 from paceline.engine.gguf.pre_tokenizers import (
     PRE_TOKENIZERS,
     REFUSED_PRE_TOKENIZERS,
@@ -56,8 +57,8 @@ def build_byte_level(
     if byte_tokens := vocabulary.of_kind(TokenKind.BYTE):
         text = vocabulary.tokens[min(byte_tokens)]
         raise UnsupportedModelError(
-            f"the token {text!r} is of the type byte, which tokenizer.ggml.model = 'gpt2' does not "
-            "have. Convert the model again."
+            f"the token {short(text)} is of the type byte, which tokenizer.ggml.model = 'gpt2' "
+            "does not have. Convert the model again."
         )
     tokenizer = Tokenizer(
         BPE(
@@ -97,8 +98,9 @@ def _build_decoder(shown: Iterable[str]) -> decoders.Decoder:
             continue
         if text not in _NEVER_IN_UTF8:
             raise UnsupportedModelError(
-                f"the user-defined token {text!r} looks like bytes to the decoder, which would "
-                "change it in generated text. Set model.path to the model's safetensors folder."
+                f"the user-defined token {short(text)} looks like bytes to the decoder, which "
+                "would change it in generated text. Set model.path to the model's safetensors "
+                "folder."
             )
         replaced.append(decoders.Replace(text, to_bytes.pre_tokenize_str(text)[0][0]))
     return (
@@ -121,8 +123,8 @@ def _read_merges(
         for text in (left, right, left + right):
             if text not in vocabulary.ids:
                 raise ConfigError(
-                    f"tokenizer.ggml.merges has {merge!r}, and {text!r} is not a token. Convert "
-                    "the model again."
+                    f"tokenizer.ggml.merges has {short(merge)}, and {short(text)} is not a token. "
+                    "Convert the model again."
                 )
         merges.setdefault((left, right))
     return list(merges)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 
+from paceline.engine.gguf.metadata import short
 from paceline.engine.gguf.special_tokens import SpecialTokens
 from paceline.engine.gguf.vocabulary import TokenKind, Vocabulary
 from paceline.errors import ConfigError, UnsupportedModelError
@@ -72,39 +73,48 @@ def _derive_merges(vocabulary: Vocabulary, special: frozenset[int]) -> list[tupl
             "the GGUF file has no tokenizer.ggml.scores, which tokenizer.ggml.model = 'llama' "
             "needs. Convert the model again."
         )
+    lengths = dict.fromkeys(sorted({1, *map(len, vocabulary.tokens)}))
     by_score: dict[float, str] = {}
     merges: list[_Merge] = []
     for token_id, text in enumerate(vocabulary.tokens):
         if " " in text or (token_id in special and _SPACE not in text):
             continue  # nothing has this text once spaces are escaped and special tokens cut out
-        splits = list(_splits(text, vocabulary))
+        splits = list(_splits(text, vocabulary, lengths))
         if not splits:
             continue
         score = vocabulary.scores[token_id]
         other = by_score.setdefault(score, text)
         if other != text and not _is_one_run(other + text):
             raise UnsupportedModelError(
-                f"the tokens {other!r} and {text!r} have the same score, {score}. Then llama.cpp "
-                "merges what stands further left, and paceline cannot. Set model.path to the "
-                "model's safetensors folder."
+                f"the tokens {short(other)} and {short(text)} have the same score, {score}. Then "
+                "llama.cpp merges what stands further left, and paceline cannot. Set model.path "
+                "to the model's safetensors folder."
             )
         merges += [_Merge(text[:cut], text[cut:], score) for cut in splits]
     merges.sort(key=lambda merge: merge.order)
     return [(merge.left, merge.right) for merge in merges]
 
 
-def _splits(text: str, vocabulary: Vocabulary) -> Iterator[int]:
-    """Find the places where two symbols can meet to become this token."""
-    for cut in range(1, len(text)):
+def _splits(text: str, vocabulary: Vocabulary, lengths: Mapping[int, None]) -> Iterator[int]:
+    """Find the places where two symbols can meet to become this token.
+
+    lengths: of all tokens, ascending. A very long token is cut at few places only.
+    """
+    for cut in lengths:
+        if cut >= len(text):
+            return
         parts = text[:cut], text[cut:]
+        if len(parts[1]) not in lengths:
+            continue
         if not all(len(part) == 1 or part in vocabulary.ids for part in parts):
             continue
         for part in parts:
             part_id = vocabulary.ids.get(part)
             if part_id is None or vocabulary.kinds[part_id] is TokenKind.BYTE:
                 raise UnsupportedModelError(
-                    f"the token {text!r} can come from {parts[0]!r} and {parts[1]!r}, and {part!r} "
-                    "is not a token of its own. That is not implemented. Convert the model again."
+                    f"the token {short(text)} can come from {short(parts[0])} and "
+                    f"{short(parts[1])}, and {short(part)} is not a token of its own. "
+                    "That is not implemented. Convert the model again."
                 )
         yield cut
 

@@ -5,11 +5,11 @@ mean the end of a generation or a place to fill in, and makes those tokens speci
 kind.
 """
 
-from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from paceline.engine.gguf.overlaps import check_overlaps
 from paceline.engine.gguf.vocabulary import TokenKind, Vocabulary
 from paceline.errors import ConfigError, UnsupportedModelError
 
@@ -221,26 +221,3 @@ def _has_calls(ends: set[str]) -> bool:
     """Tell vocabularies in which <|end|> ends a message and not the generation."""
     calls = "<|call|>" in ends or "<|calls|>" in ends
     return "<|end|>" in ends and calls and ("<|return|>" in ends or "<|flush|>" in ends)
-
-
-def check_overlaps(texts: Collection[str]) -> None:
-    """Refuse special tokens that llama.cpp and `tokenizers` can find differently in a text.
-
-    llama.cpp looks for the longest token first, anywhere; `tokenizers` for the first token, and
-    for the longest that begins there. They differ where the end of a token begins another one that
-    is as long or longer, unless both are runs of one character.
-    """
-    by_start = defaultdict(list)
-    for text in texts:
-        for cut in range(1, len(text)):
-            by_start[text[:cut]].append(text)
-    for text in texts:
-        for cut in range(1, len(text)):
-            for other in by_start.get(text[cut:], ()):
-                longer = len(other.encode()) >= len(text.encode())
-                if longer and other != text and len({*text, *other}) > 1:
-                    raise UnsupportedModelError(
-                        f"the special tokens {text!r} and {other!r} can overlap in a text, and it "
-                        "is not certain which of them llama.cpp finds. Set model.path to the "
-                        "model's safetensors folder."
-                    )

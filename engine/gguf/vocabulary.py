@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from paceline.engine.gguf.metadata import short
 from paceline.errors import ConfigError, UnsupportedModelError
 
 
@@ -56,7 +57,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     for token_id, text in enumerate(tokens):
         if (first := ids.setdefault(text, token_id)) != token_id:
             raise ConfigError(
-                f"the GGUF file has the token {text!r} twice, as {first} and {token_id}, and "
+                f"the GGUF file has the token {short(text)} twice, as {first} and {token_id}, and "
                 "llama.cpp refuses that. Convert the model again."
             )
     kinds = _list(metadata, "tokenizer.ggml.token_type", len(tokens))

@@ -1,6 +1,7 @@
 """What could give other tokens than llama.cpp's is refused by name."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ REFUSED = [
     (without(sentencepiece(), "tokenizer.ggml.scores"), "has no tokenizer.ggml.scores"),
     (sentencepiece({"int": (1, -3.0)}), "have the same score, -3.0"),
     (sentencepiece({"ax": (1, -70.0)}), "'x' is not a token of its own"),
+    (byte_level(tokens=["a" * 5000] * 2), "aaa... twice"),
 ]  # fmt: skip
 
 
@@ -128,3 +130,10 @@ def test_bytes_that_never_occur_need_no_token(tmp_path: Path) -> None:
     never = "".join(map(chr, (0xC0, 0xC1, *range(0xF5, 0x100))))
     assert set(never) <= set(pre_tokenizers.ByteLevel.alphabet())
     write_tokenizer(byte_level(without=never, pre="llama-bpe"), tmp_path)
+
+
+def test_the_merges_of_a_very_long_token_are_found_in_little_time(tmp_path: Path) -> None:
+    """Trying each place where it may be cut would take hours."""
+    started_s = time.process_time()
+    write_tokenizer(sentencepiece({"ab" * 500_000: (1, -70.0)}), tmp_path)
+    assert time.process_time() - started_s < 2
