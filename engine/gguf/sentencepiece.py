@@ -5,6 +5,7 @@ with the best score goes first. Here each token becomes one merge for each of it
 order of the scores.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -83,6 +84,11 @@ def _derive_merges(vocabulary: Vocabulary, special: frozenset[int]) -> list[tupl
         if not splits:
             continue
         score = vocabulary.scores[token_id]
+        if math.isnan(score):
+            raise ConfigError(
+                f"tokenizer.ggml.scores of token {token_id}, {short(text)}, is not a number, and "
+                "the scores say which tokens merge first. Convert the model again."
+            )
         other = by_score.setdefault(score, text)
         if other != text and not _is_one_run(other + text):
             raise UnsupportedModelError(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from paceline.engine.gguf.metadata import short
 from paceline.engine.gguf.reader import GgufFile, StoredTensor
 from paceline.engine.gguf.rope import FREQUENCY_FACTORS
 from paceline.engine.model_config import ModelConfig
@@ -137,9 +138,10 @@ def _values(
 
 def _check_names(file: GgufFile, parts: Sequence[Part]) -> None:
     said = file.metadata.get("split.tensors.count", len(file.tensors))
-    if said != len(file.tensors):
+    if not isinstance(said, int) or said != len(file.tensors):
         raise ConfigError(
-            f"{file.path} has {len(file.tensors)} tensors, and split.tensors.count says {said}. "
+            f"{file.path} has {len(file.tensors)} tensors, and split.tensors.count says "
+            f"{short(said)}. "
             "Download the file again, or merge its parts again."
         )
     expected = {gguf_name(part.name): part.shape for part in parts}

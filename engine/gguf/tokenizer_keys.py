@@ -122,10 +122,19 @@ def _has_type(key: str, value: Any) -> tuple[bool, str]:
             isinstance(text, str) for text in value
         ), "a list of texts"
     if key in _LISTS_OF_NUMBERS:
-        return isinstance(value, list | np.ndarray), "a list of numbers"
+        return _is_list_of_numbers(value), "a list of numbers"
     if key in _TEXTS or key.startswith(_TEMPLATE_PREFIX):
         return isinstance(value, str), "a text"
     return True, ""
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "iuf"
+    # A list without elements may be one of texts or of numbers.
+    return isinstance(value, list) and all(
+        isinstance(number, int | float) and not isinstance(number, bool) for number in value
+    )
 
 
 def chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:

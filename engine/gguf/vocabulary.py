@@ -85,7 +85,7 @@ def _list(metadata: Mapping[str, Any], key: str, num_tokens: int) -> Sequence[An
 def _kind(value: Any, token_id: int) -> TokenKind:
     try:
         return TokenKind(int(value))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UnsupportedModelError(
             f"tokenizer.ggml.token_type of token {token_id} is {value}, and the types are 1 to "
             f"{len(TokenKind)}. Convert the model again."

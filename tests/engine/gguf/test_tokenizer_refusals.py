@@ -1,10 +1,12 @@
 """What could give other tokens than llama.cpp's is refused by name."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf_vocabularies import byte_level, sentencepiece
 from tokenizers import Tokenizer, pre_tokenizers
@@ -65,6 +67,11 @@ REFUSED = [
     (without(sentencepiece(), "tokenizer.ggml.scores"), "has no tokenizer.ggml.scores"),
     (sentencepiece({"int": (1, -3.0)}), "have the same score, -3.0"),
     (sentencepiece({"ax": (1, -70.0)}), "'x' is not a token of its own"),
+    (sentencepiece({"hell": (1, math.nan)}), "'hell', is not a number"),
+    (byte_level(token_type=["1"] * 262), "token_type is ['1', "),
+    (byte_level(token_type=[True] * 262), "it must be a list of numbers"),
+    (byte_level(token_type=np.ones(262, bool)), "it must be a list of numbers"),
+    (byte_level(token_type=[math.inf] * 262), "token_type of token 0 is inf"),
     (byte_level(tokens=["a" * 5000] * 2), "aaa... twice"),
 ]  # fmt: skip
 
