@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from paceline.engine.gguf.byte_level import build_byte_level, find_pre_tokenizer
+from paceline.engine.gguf.metadata import short
 from paceline.engine.gguf.sentencepiece import build_sentencepiece
 from paceline.engine.gguf.special_tokens import SpecialTokens, read_special_tokens
 from paceline.engine.gguf.tokenizer_keys import chat_templates, check_keys
@@ -144,7 +145,7 @@ def _config(metadata: Mapping[str, Any], parts: _Parts) -> dict[str, Any]:
     special = parts.special
     texts = {
         "bos_token": special.bos,
-        "eos_token": special.eos,
+        "eos_token": _end_for_config(metadata, parts),
         "unk_token": special.unknown,
         "pad_token": special.padding,
         "sep_token": special.separator,
@@ -169,3 +170,21 @@ def _config(metadata: Mapping[str, Any], parts: _Parts) -> dict[str, Any]:
             {"name": name, "template": template} for name, template in templates.items()
         ]
     return config
+
+
+def _end_for_config(metadata: Mapping[str, Any], parts: _Parts) -> int | None:
+    """Return the token to write as eos_token, which ends generations wherever it is written.
+
+    In some vocabularies llama.cpp does not end at the file's own: then there is none to write.
+    """
+    eos = parts.special.eos
+    if eos is None or eos in parts.special.ends:
+        return eos
+    if parts.add_eos or any("eos_token" in text for text in chat_templates(metadata).values()):
+        raise UnsupportedModelError(
+            f"llama.cpp does not end a generation at {short(parts.vocabulary.tokens[eos])}, which "
+            "tokenizer.ggml.eos_token_id names, because of other tokens of this vocabulary. That "
+            "is not implemented where a text or a chat template gets the token. Choose another "
+            "model."
+        )
+    return None

@@ -15,6 +15,7 @@ from paceline.engine.gguf.pre_tokenizers import PRE_TOKENIZERS, REFUSED_PRE_TOKE
 from paceline.engine.gguf.tokenizer import TOKENIZER_MODELS, end_token_ids, write_tokenizer
 from paceline.engine.gguf.vocabulary import TokenKind
 from paceline.errors import ConfigError
+from paceline.model_files.end_tokens import tokenizer_end
 
 
 def without(metadata: dict[str, Any], key: str) -> dict[str, Any]:
@@ -73,6 +74,11 @@ REFUSED = [
     (byte_level(token_type=np.ones(262, bool)), "it must be a list of numbers"),
     (byte_level(token_type=[math.inf] * 262), "token_type of token 0 is inf"),
     (byte_level(tokens=["a" * 5000] * 2), "aaa... twice"),
+    (
+        byte_level({"<|tool_response>": 1}) | {"tokenizer.chat_template": "{{ eos_token }}"},
+        "does not end a generation at '</s>'",
+    ),
+    (byte_level({"<|tool_response>": 1}, add_eos_token=True), "does not end a generation at"),
 ]  # fmt: skip
 
 
@@ -137,6 +143,14 @@ def test_bytes_that_never_occur_need_no_token(tmp_path: Path) -> None:
     never = "".join(map(chr, (0xC0, 0xC1, *range(0xF5, 0x100))))
     assert set(never) <= set(pre_tokenizers.ByteLevel.alphabet())
     write_tokenizer(byte_level(without=never, pre="llama-bpe"), tmp_path)
+
+
+def test_a_token_that_does_not_end_generations_comes_back_through_no_file(tmp_path: Path) -> None:
+    """A folder's end tokens are all that any of its files names."""
+    vocabulary = byte_level({"<|tool_response>": 1})
+    write_tokenizer(vocabulary, tmp_path)
+    assert tokenizer_end(tmp_path).value is None
+    assert vocabulary["tokenizer.ggml.eos_token_id"] not in end_token_ids(vocabulary)
 
 
 def test_the_merges_of_a_very_long_token_are_found_in_little_time(tmp_path: Path) -> None:
