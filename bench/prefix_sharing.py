@@ -1,27 +1,34 @@
 """How much of a load's prompts a prefix cache may save, and whether it saved more than that."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 from paceline.bench.record import LoadSummary
 
-BLOCK_TOKENS = 16
-"""Prefixes are compared in blocks of this size, the default of kv.block_tokens."""
 MAX_UNEXPECTED_SHARE = 0.02
 
 
 def num_shared_tokens(prompts: Iterable[Sequence[int]]) -> int:
-    """Count the tokens, in whole blocks from the front, that an earlier prompt begins with too."""
-    seen: set[int] = set()
+    """Count the tokens, from the front of each prompt, with which an earlier prompt begins too.
+
+    A cache with blocks of any size saves at most these.
+    """
+    earlier: list[tuple[int, ...]] = []
     num_shared = 0
-    for prompt in prompts:
-        prefix = 0
-        is_shared = True
-        for end in range(BLOCK_TOKENS, len(prompt) + 1, BLOCK_TOKENS):
-            prefix = hash((prefix, tuple(prompt[end - BLOCK_TOKENS : end])))
-            is_shared = is_shared and prefix in seen
-            num_shared += BLOCK_TOKENS * is_shared
-            seen.add(prefix)
+    for prompt in map(tuple, prompts):
+        place = bisect_left(earlier, prompt)
+        # In lexicographic order, the prompts that share most with it are its neighbours.
+        neighbours = earlier[max(0, place - 1) : place + 1]
+        num_shared += max((_num_common(prompt, other) for other in neighbours), default=0)
+        earlier.insert(place, prompt)
     return num_shared
+
+
+def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
+    for place, (token, other_token) in enumerate(zip(one, other, strict=False)):
+        if token != other_token:
+            return place
+    return min(len(one), len(other))
 
 
 def cache_warning(summary: LoadSummary) -> str | None:
