@@ -83,13 +83,15 @@ class TokenDecoder:
     """Turns the tokens of one choice into text.
 
     The text of all tokens together is `tokenizers.decode(output, skip_special_tokens=True)`, with
-    two exceptions:
+    three exceptions:
 
     - The space before the first word is kept if the prompt has text, since the word comes after it.
       SentencePiece decoders cut it from the beginning of a text.
     - Among byte tokens, whole characters stay and each byte that belongs to none becomes U+FFFD.
       `tokenizers` replaces every byte of a run of byte tokens that is invalid anywhere, which is
       only known at its end. Runs are not held back for that: a whole answer in Thai may be one.
+    - A special token that is normalized has no text, like other special tokens. `tokenizers` 0.23
+      shows it if the normalizer changes its text.
 
     Only the output is decoded. If the prompt ends inside a character, the bytes that would
     complete it belong to no character of the output, and become U+FFFD.

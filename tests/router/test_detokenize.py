@@ -213,6 +213,7 @@ def test_special_token_that_is_normalized_has_no_text_either() -> None:
     tokenizer = sentencepiece()
     tokenizer.add_special_tokens([AddedToken("<end>", normalized=True)])
     output = ids_of(tokenizer, "▁Hello", "<end>", "▁world")
+    assert "<end>" in tokenizer.decode(output, skip_special_tokens=True)  # tokenizers shows it
     assert "".join(pieces_of(tokenizer, output)) == "Hello world"
 
 
