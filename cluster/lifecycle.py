@@ -70,8 +70,11 @@ def up(
         settings_file=settings_file,
         has_own_ray=settings.ray.address is None,
     )
-    deployment_record.claim(record)
+    is_claimed = False
     try:
+        with signals.held():  # a signal in between would leave the record
+            deployment_record.claim(record)
+            is_claimed = True
         kept_logs.forget(record.deployment)
         with _step(watcher, "look at the model and the ports"):
             check(settings)
@@ -86,6 +89,8 @@ def up(
                 _wait_until_ready(settings, controller, watcher)
         record = deployment_record.update(record, controller_address=control_address)
     except BaseException as error:
+        if not is_claimed:
+            raise  # the record, if there is one, is of another start
         # Whatever the reason, a signal included: nothing may stay but the logs of a failure.
         if record.ray_folder is not None and isinstance(error, Exception):
             logs = kept_logs.keep(record.deployment, record.ray_folder)

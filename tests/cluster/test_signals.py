@@ -7,13 +7,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from fake_deployment import SilentWatcher, make_settings
 from unloaded_model import write_unloaded_model
 
-from paceline.cluster import ray_head, signals
+from paceline.cluster import deployment_record, lifecycle, ray_head, signals
 from paceline.cluster.signals import END_SIGNALS, Ended
+from paceline.errors import ConfigError
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
@@ -165,6 +168,40 @@ def test_a_start_that_is_ended_leaves_nothing(
     running.read_until("starting")
     assert running.end(*numbers) == status
     running.assert_nothing_left()
+
+
+@pytest.mark.parametrize("number", END_SIGNALS)
+def test_a_signal_while_the_record_is_written_leaves_none(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACELINE_RUNTIME_DIR", str(tmp_path / "rt"))
+    claim = deployment_record.claim
+
+    def claim_and_signal(record: Any) -> None:
+        claim(record)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(deployment_record, "claim", claim_and_signal)
+    with pytest.raises(Ended):
+        lifecycle.up(make_settings(tmp_path), "test.yaml", SilentWatcher())
+    assert not (tmp_path / "rt").exists()
+
+
+def test_a_start_that_is_refused_leaves_the_other_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACELINE_RUNTIME_DIR", str(tmp_path / "rt"))
+    settings = make_settings(tmp_path)
+
+    def start_again(_: object) -> None:
+        with pytest.raises(ConfigError, match="is being started by process"):
+            lifecycle.up(settings, "test.yaml", SilentWatcher())
+        assert deployment_record.find("test").up_pid == os.getpid()
+        raise ConfigError("that was all")
+
+    with pytest.raises(ConfigError, match="that was all"):
+        lifecycle.up(settings, "test.yaml", SilentWatcher(), check=start_again)
+    assert not (tmp_path / "rt").exists()
 
 
 SERVE = """
