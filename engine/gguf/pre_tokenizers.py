@@ -167,127 +167,74 @@ class PreTokenizer:
         return [pre_tokenizers.Split(Regex(split), "isolated") for split in self.splits]
 
 
-def _table() -> dict[str, PreTokenizer]:
-    gpt2 = PreTokenizer((_GPT2,))
-    jina = PreTokenizer((_GPT2,), strips_before_mask=True)
-    llama3 = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
-    qwen2 = PreTokenizer((_QWEN2,))
-    digit_then_gpt2 = PreTokenizer((_DIGIT_THEN_GPT2,))
-    deepseek3 = PreTokenizer(_DEEPSEEK3_SPLITS)
-    bloom = PreTokenizer((_BLOOM,))
-    gpt4o = PreTokenizer((_GPT4O,))
-    tiny_aya = PreTokenizer((_DIGITS_FROM_RIGHT, _TINY_AYA))
-    bailing = PreTokenizer((_BAILING,))
-    return {
-        "a.x-4.0": gpt2,
-        "afmoe": PreTokenizer((_DIGITS_FROM_RIGHT, _AFMOE_CJK, _DEEPSEEK3)),
-        "bailingmoe": bailing,
-        "bailingmoe2": bailing,
-        "bloom": bloom,
-        "chameleon": PreTokenizer(
-            (
-                "<sentinel:[0-9]+>",
-                "IMGIMG[A-I]{1,4}Z",
-                r"[\t\n]|    |  ",
-                _N,
-                rf"[{_P}!-/:-@\[-`{{-~]",
-                _GPT2,
-            ),
-            add_bos=True,
+_FAMILIES: Mapping[str, PreTokenizer] = {
+    (
+        "a.x-4.0 exaone4 gigachat gpt-2 granite-docling jais jina-de jina-es mellum "
+        "modern-bert mpt olmo phi-2 trillion"
+    ): PreTokenizer((_GPT2,)),
+    "afmoe": PreTokenizer((_DIGITS_FROM_RIGHT, _AFMOE_CJK, _DEEPSEEK3)),
+    "bailingmoe bailingmoe2 llada-moe": PreTokenizer((_BAILING,)),
+    "bloom gpt3-finnish poro-chat": PreTokenizer((_BLOOM,)),
+    "chameleon": PreTokenizer(
+        (
+            "<sentinel:[0-9]+>",
+            "IMGIMG[A-I]{1,4}Z",
+            r"[\t\n]|    |  ",
+            _N,
+            rf"[{_P}!-/:-@\[-`{{-~]",
+            _GPT2,
         ),
-        "chatglm-bpe": PreTokenizer((_LLAMA3,)),
-        "codeshell": digit_then_gpt2,
-        "cohere2moe": tiny_aya,
-        "command-r": digit_then_gpt2,
-        "dbrx": PreTokenizer((_LLAMA3,)),
-        "deepseek-coder": PreTokenizer((r"[\r\n]", rf"\s?{_L}+", rf"\s?{_P}+", _DEEPSEEK_CJK, _N)),
-        "deepseek-llm": PreTokenizer(
-            (
-                r"[\r\n]",
-                _DEEPSEEK_LETTERS,
-                _DEEPSEEK_PUNCTUATION,
-                r"(?<!\s)\s+\z",
-                _DEEPSEEK_CJK,
-                rf"{_N}+",
-            )
-        ),
-        "deepseek-r1-qwen": qwen2,
-        "deepseek-v3": deepseek3,
-        "default": PreTokenizer((rf"[{_P}$+<=>^~|]+", _GPT2, rf"{_N}+", "[0-9][0-9][0-9]")),
-        "exaone": digit_then_gpt2,
-        "exaone-moe": PreTokenizer((_EXAONE_MOE,)),
-        "exaone4": gpt2,
-        "f2llmv2": qwen2,
-        "falcon": PreTokenizer((rf"[{_P}$+<=>^~|`]+", _GPT2, "[0-9][0-9][0-9]")),
-        "falcon-h1": llama3,
-        "falcon3": llama3,
-        "gigachat": gpt2,
-        "glm4": PreTokenizer((_LLAMA3,)),
-        "gpt-2": gpt2,
-        "gpt-4o": gpt4o,
-        "gpt3-finnish": bloom,
-        "granite-docling": gpt2,
-        "granite-embed-multi-97m": PreTokenizer((_GRANITE_MULTILINGUAL,), ignore_merges=True),
-        "grok-2": qwen2,
-        "hunyuan": qwen2,
-        "hunyuan-dense": deepseek3,
-        "hy_v4": deepseek3,
-        "jais": gpt2,
-        "jais-2": PreTokenizer((_JAIS2,)),
-        "jina-de": gpt2,
-        "jina-es": gpt2,
-        "jina-v1-en": PreTokenizer((_GPT2,), add_sep=True),
-        "jina-v2-code": PreTokenizer((_GPT2,), add_sep=True, strips_before_mask=True),
-        "jina-v2-de": jina,
-        "jina-v2-es": jina,
-        "jina-v5-nano": llama3,
-        "joyai-llm": deepseek3,
-        "kanana2": gpt4o,
-        "kimi-k2": PreTokenizer((_KIMI,), needs_merges=False),
-        "kormo": qwen2,
-        "laguna": PreTokenizer((r"[^\n]+|\n+", _QWEN2)),
-        "lfm2": llama3,
-        "llada-moe": bailing,
-        "llama-bpe": llama3,
-        "llama-v3": llama3,
-        "llama3": llama3,
-        "llama4": gpt4o,
-        "megrez": qwen2,
-        "mellum": gpt2,
-        "mellum2": digit_then_gpt2,
-        "midm-2.0": llama3,
-        "minerva-7b": digit_then_gpt2,
-        "minicpm5": PreTokenizer((rf"{_N}{{1,3}}", _MINICPM5), ignore_merges=True),
-        "minimax-m2": gpt4o,
-        "modern-bert": gpt2,
-        "mpt": gpt2,
-        "olmo": gpt2,
-        "phi-2": gpt2,
-        "pixtral": llama3,
-        "poro-chat": bloom,
-        "qwen2": qwen2,
-        "qwen35": PreTokenizer((_QWEN35,)),
-        "refact": digit_then_gpt2,
-        "roberta-bpe": PreTokenizer((_GPT2,), add_sep=True),
-        "seed-coder": PreTokenizer((_SEED_CODER,)),
-        "smaug-bpe": PreTokenizer((_LLAMA3,)),
-        "smollm": digit_then_gpt2,
-        "solar-open": qwen2,
-        "spark2_5": PreTokenizer((rf"{_N}{{1,3}}", _CJK, _SPARK, _N)),
-        "stablelm2": qwen2,
-        "starcoder": digit_then_gpt2,
-        "superbpe": PreTokenizer((rf"{_N}+", r"(?=(?:[0-9]{3})+(?![0-9]))")),
-        "talkie": gpt4o,
-        "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
-        "tiny_aya": tiny_aya,
-        "trillion": gpt2,
-        "ufakzeka": PreTokenizer((_UFAKZEKA,)),
-        "viking": PreTokenizer((_BLOOM, _N)),
-        "youtu": PreTokenizer((_YOUTU_CJK, _YOUTU), ignore_merges=True),
-    }
+        add_bos=True,
+    ),
+    "chatglm-bpe dbrx glm4 smaug-bpe": PreTokenizer((_LLAMA3,)),
+    "codeshell command-r exaone mellum2 minerva-7b refact smollm starcoder": PreTokenizer(
+        (_DIGIT_THEN_GPT2,)
+    ),
+    "cohere2moe tiny_aya": PreTokenizer((_DIGITS_FROM_RIGHT, _TINY_AYA)),
+    "deepseek-coder": PreTokenizer((r"[\r\n]", rf"\s?{_L}+", rf"\s?{_P}+", _DEEPSEEK_CJK, _N)),
+    "deepseek-llm": PreTokenizer(
+        (
+            r"[\r\n]",
+            _DEEPSEEK_LETTERS,
+            _DEEPSEEK_PUNCTUATION,
+            r"(?<!\s)\s+\z",
+            _DEEPSEEK_CJK,
+            rf"{_N}+",
+        )
+    ),
+    "deepseek-r1-qwen f2llmv2 grok-2 hunyuan kormo megrez qwen2 solar-open stablelm2": PreTokenizer(
+        (_QWEN2,)
+    ),
+    "deepseek-v3 hunyuan-dense hy_v4 joyai-llm": PreTokenizer(_DEEPSEEK3_SPLITS),
+    "default": PreTokenizer((rf"[{_P}$+<=>^~|]+", _GPT2, rf"{_N}+", "[0-9][0-9][0-9]")),
+    "exaone-moe": PreTokenizer((_EXAONE_MOE,)),
+    "falcon": PreTokenizer((rf"[{_P}$+<=>^~|`]+", _GPT2, "[0-9][0-9][0-9]")),
+    "falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral": PreTokenizer(
+        (_LLAMA3,), ignore_merges=True, add_bos=True
+    ),
+    "gpt-4o kanana2 llama4 minimax-m2 talkie": PreTokenizer((_GPT4O,)),
+    "granite-embed-multi-97m": PreTokenizer((_GRANITE_MULTILINGUAL,), ignore_merges=True),
+    "jais-2": PreTokenizer((_JAIS2,)),
+    "jina-v1-en roberta-bpe": PreTokenizer((_GPT2,), add_sep=True),
+    "jina-v2-code": PreTokenizer((_GPT2,), add_sep=True, strips_before_mask=True),
+    "jina-v2-de jina-v2-es": PreTokenizer((_GPT2,), strips_before_mask=True),
+    "kimi-k2": PreTokenizer((_KIMI,), needs_merges=False),
+    "laguna": PreTokenizer((r"[^\n]+|\n+", _QWEN2)),
+    "minicpm5": PreTokenizer((rf"{_N}{{1,3}}", _MINICPM5), ignore_merges=True),
+    "qwen35": PreTokenizer((_QWEN35,)),
+    "seed-coder": PreTokenizer((_SEED_CODER,)),
+    "spark2_5": PreTokenizer((rf"{_N}{{1,3}}", _CJK, _SPARK, _N)),
+    "superbpe": PreTokenizer((rf"{_N}+", r"(?=(?:[0-9]{3})+(?![0-9]))")),
+    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
+    "ufakzeka": PreTokenizer((_UFAKZEKA,)),
+    "viking": PreTokenizer((_BLOOM, _N)),
+    "youtu": PreTokenizer((_YOUTU_CJK, _YOUTU), ignore_merges=True),
+}
+"""Each by all names that llama.cpp has for it."""
 
-
-PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(_table())
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
+    dict(sorted((name, made) for names, made in _FAMILIES.items() for name in names.split()))
+)
 
 REFUSED_PRE_TOKENIZERS: Mapping[str, str] = MappingProxyType(
     {
