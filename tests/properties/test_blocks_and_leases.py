@@ -607,13 +607,6 @@ class CachesAcrossFlushes(PrefixCache):
         return super().insert(chain, tokens_of_block, block_id)
 
 
-class EvictsParentsFirst(PrefixCache):
-    """Takes the least recently used block, whatever hangs on it."""
-
-    def _next_leaf(self):  # type: ignore[no-untyped-def]
-        return next(iter(self._probation or self._protected))
-
-
 def machine(*left_out: str, **bug: object) -> type[BlocksAndLeases]:
     """Build a machine with a bug, without the events that the bug does not need: found in
     seconds."""
@@ -666,10 +659,6 @@ BUGS = {
     "cached across a flush": (
         machine(*LEASES, *SEQUENCES, cache_type=CachesAcrossFlushes),
         "another one wrote",
-    ),
-    "parents evicted first": (
-        machine(*CRASHES, *LEASES, "fork", cache_type=EvictsParentsFirst),
-        "hangs on a parent",
     ),
 }
 
