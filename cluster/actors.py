@@ -43,12 +43,19 @@ MAX_LOG_CHARS = 16_384
 class ProcessActor:
     """Hosts one worker or router. Ray calls it on one event loop; `start` may be called again."""
 
-    def __init__(self, name: ProcessName, settings: DeploymentSettings, build: BuildHosted) -> None:
+    def __init__(
+        self,
+        name: ProcessName,
+        settings: DeploymentSettings,
+        build: BuildHosted,
+        router_port: int = 0,
+    ) -> None:
         faulthandler.enable()
         _log_to_stderr()
         self._name = name
         self._settings = settings
         self._build = build
+        self._router_port = router_port
         self._log_path = str(Path("/proc/self/fd/2").readlink())
         self._hosted: Hosted | None = None
         self._starting: asyncio.Task[Started] | None = None
@@ -110,6 +117,7 @@ class ProcessActor:
             name=self._name,
             settings=self._settings,
             host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+            router_port=self._router_port,
             on_step=self._stepped,
             on_progress=self._progressed,
             on_failure=failed,

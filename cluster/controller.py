@@ -13,12 +13,14 @@ from collections import deque
 from collections.abc import Coroutine, Mapping
 from typing import NamedTuple
 
+from paceline.addresses import parse_address
 from paceline.cluster.back_off import BackOff
 from paceline.cluster.launcher import (
     Launcher,
     Membership,
     ProcessDiedError,
     ProcessReport,
+    Remembered,
     Started,
 )
 from paceline.cluster.plan import Action, Drain, Start, Stop, plan
@@ -61,6 +63,7 @@ class Controller:
             Role.DECODE: settings.decode.replicas,
         }
         self._launcher = launcher
+        self._router_ports: dict[str, int] = {}
         self._processes: dict[ProcessName, Supervised] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -116,7 +119,7 @@ class Controller:
         }
         check_capacity(self.settings, wanted, num_more, await self._launcher.capacity())
         self.wanted = wanted
-        await self._launcher.save_wanted(wanted)
+        await self._save()
         for role in (Role.PREFILL, Role.DECODE):
             self._log(f"{role.value} workers wanted: {wanted[role]}")
         self._wake.set()
@@ -142,7 +145,7 @@ class Controller:
             raise ConfigError(problem)
         self.wanted |= sizes
         self._perform(Drain(ready.name), time.monotonic())
-        await self._launcher.save_wanted(self.wanted)
+        await self._save()
 
     async def shut_down(self) -> None:
         """Let routers end their streams for their drain_timeout_s, then end every process."""
@@ -187,9 +190,10 @@ class Controller:
         """Take over what an earlier controller left, before anybody may ask about it."""
         self._last_number = await self._launcher.first_number()
         self._membership = Membership(self._last_number, ())
-        remembered = await self._launcher.load_wanted()
+        remembered = await self._launcher.load()
         if remembered is not None:
-            self.wanted |= remembered
+            self.wanted |= remembered.wanted
+            self._router_ports |= remembered.router_ports
         now = time.monotonic()
         for process in await self._launcher.adopt():
             self._log(f"{process.name.worker_id} lives already and is kept")
@@ -226,13 +230,15 @@ class Controller:
         limit_s = self.settings.controller.start_timeout_s
         try:
             if process.process is None:
-                process.process = await self._launcher.launch(process.name)
+                port = self._router_ports.get(process.name.worker_id, 0)
+                process.process = await self._launcher.launch(process.name, port)
             if process.state is ProcessState.STARTING:
                 watching = asyncio.create_task(self._watch(process), name=f"watch {process.name}")
                 async with asyncio.timeout(limit_s):
                     self._ready(
                         process, await process.process.start(), await process.process.report()
                     )
+                await self._keep_port(process)
                 await process.process.wait()
             # Otherwise it was told to stop while it was launched, and its burial ends it.
         except TimeoutError:
@@ -256,6 +262,17 @@ class Controller:
         if report.draining:  # an adopted one
             self._perform(Drain(process.name), now)
         self._wake.set()
+
+    async def _keep_port(self, process: Supervised) -> None:
+        """Remember where a router listens, for the one that replaces it."""
+        if process.name.role is Role.ROUTER and process.address:
+            _, port = parse_address(process.address)
+            if self._router_ports.get(process.name.worker_id) != port:
+                self._router_ports[process.name.worker_id] = port
+                await self._save()
+
+    async def _save(self) -> None:
+        await self._launcher.save(Remembered(dict(self.wanted), dict(self._router_ports)))
 
     async def _bury(self, process: Supervised, cause: str) -> None:
         if process.process is not None:

@@ -20,6 +20,8 @@ class HostContext:
     settings: DeploymentSettings
     host: str
     """Address of this machine, reachable by the others of the Ray cluster."""
+    router_port: int
+    """Where the router before this one listened; 0: there was none, or this is a worker."""
     on_step: Callable[[str, float], None]
     """(name, seconds) of a step of the start-up checklist that has ended."""
     on_progress: Callable[[str, float], None]

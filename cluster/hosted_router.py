@@ -1,8 +1,10 @@
 """A router inside a Ray actor's process."""
 
 import asyncio
+import logging
 import time
 
+from paceline.cluster.early_checks import check_port
 from paceline.cluster.hosted import HostContext, HostedLoad
 from paceline.cluster.launcher import Membership
 from paceline.cluster.model_cache import model_cache_dir
@@ -13,6 +15,12 @@ from paceline.router.model import ServedModel
 from paceline.router.server import Router
 from paceline.router.worker_view import Role as PoolRole
 from paceline.router.worker_view import WorkerMember
+
+logger = logging.getLogger(__name__)
+
+PORT_TIMEOUT_S = 10.0
+"""For the port of the router before this one to be free again; another one is taken then."""
+PORT_POLL_S = 0.1
 
 
 class HostedRouter:
@@ -29,8 +37,12 @@ class HostedRouter:
         model = await asyncio.to_thread(self._prepare)
         context.on_step("prepare the model", time.monotonic() - started)
         started = time.monotonic()
+        settings = context.settings.router
+        if settings.grpc_port == 0:
+            port = await port_again(settings.host, context.router_port)
+            settings = settings.model_copy(update={"grpc_port": port})
         router = Router(
-            context.settings.router,
+            settings,
             model,
             router_id=context.name.worker_id,
             incarnation=context.name.incarnation,
@@ -93,3 +105,17 @@ class HostedRouter:
             eos_token_ids=config.eos_token_ids,
             tokenizer_folder=folder.path,
         )
+
+
+async def port_again(host: str, port: int) -> int:
+    """Return the port once it is free, 0 if it does not become so in time.
+
+    Ports that Linux gives out can be taken by anybody's connection while no router listens there.
+    """
+    deadline = time.monotonic() + PORT_TIMEOUT_S
+    while check_port("router.grpc_port", host, port).problem:
+        if time.monotonic() > deadline:
+            logger.warning("event=port_lost port=%d after_s=%g", port, PORT_TIMEOUT_S)
+            return 0
+        await asyncio.sleep(PORT_POLL_S)
+    return port

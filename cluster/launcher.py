@@ -107,6 +107,14 @@ class Process(Protocol):
         """End it whatever it does, stopped by a signal or not."""
 
 
+class Remembered(NamedTuple):
+    """What a controller leaves to the one that replaces it."""
+
+    wanted: Mapping[Role, int]
+    router_ports: Mapping[str, int]
+    """By worker id: clients know them, so a replacement listens there again."""
+
+
 class Capacity(NamedTuple):
     """What the cluster has."""
 
@@ -121,8 +129,8 @@ class Capacity(NamedTuple):
 class Launcher(Protocol):
     """Starts processes, and finds those that an earlier controller started."""
 
-    async def launch(self, name: ProcessName) -> Process:
-        """Begin to start a process."""
+    async def launch(self, name: ProcessName, router_port: int) -> Process:
+        """Begin to start a process. A router takes the port if it is free; 0: it had none yet."""
 
     async def adopt(self) -> Sequence[Process]:
         """Find every process of the deployment that lives."""
@@ -130,8 +138,8 @@ class Launcher(Protocol):
     async def capacity(self) -> Capacity:
         """Say what the cluster has."""
 
-    async def save_wanted(self, wanted: Mapping[Role, int]) -> None:
-        """Remember the wanted sizes for a controller that replaces this one."""
+    async def save(self, remembered: Remembered) -> None:
+        """Remember it for a controller that replaces this one."""
 
     async def first_number(self) -> int:
         """Return a number above all that controllers before this one can have given.
@@ -140,5 +148,5 @@ class Launcher(Protocol):
         clock was set back.
         """
 
-    async def load_wanted(self) -> dict[Role, int] | None:
-        """Return the remembered sizes; None if there are none."""
+    async def load(self) -> Remembered | None:
+        """Return what a controller before this one has saved; None if there was none."""

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from paceline.cluster.launcher import (
     Membership,
     ProcessDiedError,
     ProcessReport,
+    Remembered,
     Started,
 )
 from paceline.cluster.process_state import ProcessName, Role
@@ -130,7 +131,7 @@ class RayLauncher:
         self._build = build
         self._actor_class = actor_class
 
-    async def launch(self, name: ProcessName) -> RayProcess:
+    async def launch(self, name: ProcessName, router_port: int) -> RayProcess:
         resources: dict[str, float] = {}
         if name.role.is_worker:
             resources = worker_resources(pool_settings(self._settings, name.role))
@@ -146,7 +147,7 @@ class RayLauncher:
                 num_gpus=resources.pop(GPU, 0.0),
                 resources=resources,
             )
-            .remote(name, self._settings, self._build)
+            .remote(name, self._settings, self._build, router_port)
         )
         return RayProcess(name, actor)
 
@@ -156,13 +157,15 @@ class RayLauncher:
     async def capacity(self) -> Capacity:
         return await asyncio.to_thread(cluster_capacity)
 
-    async def save_wanted(self, wanted: Mapping[Role, int]) -> None:
-        value = json.dumps({role.value: size for role, size in wanted.items()})
-        _internal_kv_put(self._key("wanted"), value.encode(), namespace=KEY_SPACE.encode())
+    async def save(self, remembered: Remembered) -> None:
+        put_remembered(self._namespace, remembered)
 
-    async def load_wanted(self) -> dict[Role, int] | None:
-        value = _internal_kv_get(self._key("wanted"), namespace=KEY_SPACE.encode())
-        return {Role(k): v for k, v in json.loads(value).items()} if value else None
+    async def load(self) -> Remembered | None:
+        value = _internal_kv_get(self._key("remembered"), namespace=KEY_SPACE.encode())
+        if not value:
+            return None
+        wanted, router_ports = json.loads(value)
+        return Remembered({Role(role): size for role, size in wanted.items()}, router_ports)
 
     async def first_number(self) -> int:
         # Of the clock, so that deployments one after the other have unlike numbers.
@@ -173,7 +176,7 @@ class RayLauncher:
 
     def save_port(self, port: int) -> None:
         """Remember the control API's port: clients know it, so a new controller takes it again."""
-        _internal_kv_put(self._key("port"), str(port).encode(), namespace=KEY_SPACE.encode())
+        put_control_port(self._namespace, port)
 
     def load_port(self) -> int:
         """Return the remembered port, 0 if there is none."""
@@ -189,7 +192,20 @@ class RayLauncher:
         return found
 
     def _key(self, name: str) -> bytes:
-        return f"{self._namespace}/{name}".encode()
+        return _key(self._namespace, name)
+
+
+def put_remembered(namespace: str, remembered: Remembered) -> None:
+    """Leave it in Ray's store to the controller of this namespace that starts next."""
+    wanted = {role.value: size for role, size in remembered.wanted.items()}
+    value = json.dumps([wanted, dict(remembered.router_ports)])
+    key = _key(namespace, "remembered")
+    _internal_kv_put(key, value.encode(), namespace=KEY_SPACE.encode())
+
+
+def put_control_port(namespace: str, port: int) -> None:
+    """Leave the control API's port to the controller of this namespace that starts next."""
+    _internal_kv_put(_key(namespace, "port"), str(port).encode(), namespace=KEY_SPACE.encode())
 
 
 def actor_names(namespace: str) -> list[str]:
@@ -210,6 +226,10 @@ def cluster_capacity() -> Capacity:
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return Capacity(resources, len(nodes), *host_memory())
+
+
+def _key(namespace: str, name: str) -> bytes:
+    return f"{namespace}/{name}".encode()
 
 
 def _kill_on_this_machine(pid: int) -> None:

@@ -216,7 +216,7 @@ async def test_a_drained_worker_is_not_replaced() -> None:
         await until(lambda: "prefill-0" not in states(controller))
         assert controller.wanted[Role.PREFILL] == 1
         assert launcher.saved is not None
-        assert launcher.saved[Role.PREFILL] == 1
+        assert launcher.saved.wanted[Role.PREFILL] == 1
 
 
 @pytest.mark.parametrize(
@@ -319,6 +319,26 @@ async def test_a_new_controller_adopts_what_lives_and_keeps_the_wanted_sizes() -
         await until(lambda: "decode-2" in members(launcher.living("router-0")))
     versions = [m.version for m in launcher.living("router-0").memberships]
     assert versions == sorted(set(versions))
+
+
+async def test_a_router_keeps_its_port_whoever_dies_with_it() -> None:
+    launcher = FakeLauncher()
+    first = Controller(make_settings(), launcher)
+    async with running(first):
+        await until(all_ready(first, 3))
+        port = launcher.living("router-0").port
+        launcher.living("decode-0").die("a signal")
+        launcher.living("router-0").die("a signal")
+        await until(lambda: launcher.living_ids() == {"router-0", "prefill-0", "decode-0"})
+        await until(all_ready(first, 3))
+        assert launcher.living("router-0").port == port
+    for task in list(first._tasks):
+        task.cancel()
+    launcher.living("router-0").die("the signal that also ended the controller")
+    second = Controller(make_settings(), launcher)
+    async with running(second):
+        await until(all_ready(second, 3))
+        assert launcher.living("router-0").port == port
 
 
 @contextlib.asynccontextmanager

@@ -19,6 +19,7 @@ def test_any_address_becomes_the_nodes_own(listen_host: str, expected: str) -> N
         name=ProcessName(Role.DECODE, 0, 1),
         settings=settings,
         host="10.0.0.7",
+        router_port=0,
         on_step=lambda name, seconds: None,
         on_progress=lambda what, share: None,
         on_failure=lambda error: None,

@@ -123,6 +123,15 @@ def test_a_killed_worker_is_noticed_at_once_and_replaced(
     assert process("prefill-0").state == READY
 
 
+def test_a_router_that_is_replaced_listens_where_it_did(
+    deployment: lifecycle.Deployment,
+) -> None:
+    old = process("router-0")
+    os.kill(old.pid, signal.SIGKILL)
+    until(is_ready("router-0", but_not=old.incarnation))
+    assert process("router-0").address == old.address
+
+
 def test_a_worker_halted_by_a_signal_is_killed_and_replaced(
     deployment: lifecycle.Deployment,
 ) -> None:

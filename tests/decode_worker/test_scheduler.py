@@ -514,7 +514,7 @@ def costs(num_others: int) -> dict[str, int]:
     wanted = admit("wanted", has_source=True, session=9)
     counts = {
         "admit": num_opcodes(lambda: admit("new", has_source=False, session=9)),
-        "load": num_opcodes(lambda: scheduler.load()),
+        "load": num_opcodes(scheduler.load),
         "progress": num_opcodes(lambda: scheduler.import_progressed(wanted, 9.0)),
         "expire nothing": num_opcodes(lambda: scheduler.expire(9.0)),
         "cancel": num_opcodes(lambda: scheduler.cancel(late, now=9.0)),

@@ -4,6 +4,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+import grpc
+
 from paceline.cluster.hosted import HostContext, HostedLoad
 from paceline.cluster.launcher import Membership
 from paceline.errors import ConfigError
@@ -20,6 +22,7 @@ class FakeHosted:
         self._orders = Path(context.settings.model.path)
         self._is_draining = False
         self._num_members = 0
+        self._server: grpc.aio.Server | None = None
 
     async def start(self) -> str:
         if (self._orders / "fail").exists():
@@ -31,7 +34,10 @@ class FakeHosted:
         spec = importlib.util.find_spec("paceline.engine")
         self._context.on_step(f"engine: {spec is not None}", 0.0)
         self._context.on_step(f"gpus: {os.environ['CUDA_VISIBLE_DEVICES']}", 0.0)
-        return f"{self._context.host}:1"
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        port = self._server.add_insecure_port(f"{self._context.host}:{self._context.router_port}")
+        await self._server.start()
+        return f"{self._context.host}:{port}"
 
     def load(self) -> HostedLoad:
         busy = (self._orders / "busy").exists()
@@ -51,7 +57,8 @@ class FakeHosted:
         self._is_draining = True
 
     async def stop(self) -> None:
-        """Nothing to free."""
+        if self._server is not None:
+            await self._server.stop(None)
 
     async def check_integrity(self) -> None:
         """Nothing to check."""

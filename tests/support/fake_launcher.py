@@ -1,24 +1,27 @@
 """A world without Ray for the controller: processes that do what a test tells them."""
 
 import asyncio
-from collections.abc import Mapping
 
 from paceline.cluster.launcher import (
     Capacity,
     Membership,
     ProcessDiedError,
     ProcessReport,
+    Remembered,
     Started,
     StartupStep,
 )
-from paceline.cluster.process_state import ProcessName, Role
+from paceline.cluster.process_state import ProcessName
+
+FIRST_PORT = 1000
 
 
 class FakeProcess:
     """Becomes READY when `can_start` is set; dies, hangs and gets busy by order of the test."""
 
-    def __init__(self, name: ProcessName, can_start: bool) -> None:
+    def __init__(self, name: ProcessName, can_start: bool, port: int) -> None:
         self.name = name
+        self.port = port
         self.started = asyncio.Event()
         if can_start:
             self.started.set()
@@ -52,7 +55,7 @@ class FakeProcess:
         waits = [asyncio.ensure_future(self.started.wait()), self._ended]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         self._check()
-        return Started("127.0.0.1:1", 1)
+        return Started(f"127.0.0.1:{self.port}", 1)
 
     async def wait(self) -> None:
         cause = await asyncio.shield(self._ended)
@@ -104,12 +107,13 @@ class FakeLauncher:
         self.can_launch = asyncio.Event()
         self.can_launch.set()
         self.capacity_now = Capacity({"CPU": 2.0}, 1, 16 << 30, 8 << 30)
-        self.saved: dict[Role, int] | None = None
+        self.saved: Remembered | None = None
         self.numbers = 0
 
-    async def launch(self, name: ProcessName) -> FakeProcess:
+    async def launch(self, name: ProcessName, router_port: int) -> FakeProcess:
         await self.can_launch.wait()
-        process = FakeProcess(name, self.can_start)
+        free_port = FIRST_PORT + len(self.launched)
+        process = FakeProcess(name, self.can_start, router_port or free_port)
         self.launched.append(process)
         return process
 
@@ -119,14 +123,14 @@ class FakeLauncher:
     async def capacity(self) -> Capacity:
         return self.capacity_now
 
-    async def save_wanted(self, wanted: Mapping[Role, int]) -> None:
-        self.saved = dict(wanted)
+    async def save(self, remembered: Remembered) -> None:
+        self.saved = remembered
 
     async def first_number(self) -> int:
         self.numbers += 1 << 40
         return self.numbers
 
-    async def load_wanted(self) -> dict[Role, int] | None:
+    async def load(self) -> Remembered | None:
         return self.saved
 
     def living_ids(self) -> set[str]:
