@@ -31,7 +31,11 @@ def make_settings(orders: Path, **parts: object) -> DeploymentSettings:
         "router": {"grpc_port": 0},
         "prefill": {"kv_cache_bytes": 1 << 20},
         "decode": {"kv_cache_bytes": 1 << 20},
-        "controller": {"poll_interval_s": 0.1, "drain_timeout_s": 5.0},
+        "controller": {
+            "poll_interval_s": 0.1,
+            "drain_timeout_s": 5.0,
+            "worker_silence_limit_s": 3.0,
+        },
     }
     return DeploymentSettings.model_validate(tree | parts)
 
