@@ -24,6 +24,7 @@ from paceline.cluster.launcher import (
     Started,
 )
 from paceline.cluster.plan import Action, Drain, Start, Stop, plan
+from paceline.cluster.pool_sizes import checked_sizes
 from paceline.cluster.process_state import ProcessName, ProcessState, Role
 from paceline.cluster.resources import check_capacity
 from paceline.cluster.settings import DeploymentSettings, prefill_size_problem
@@ -110,7 +111,7 @@ class Controller:
 
     async def scale(self, sizes: Mapping[str, int]) -> dict[Role, int]:
         """Change the wanted sizes of pools; returns those of all. Raises without changing any."""
-        wanted = self.wanted | self._checked_pools(sizes)
+        wanted = self.wanted | checked_sizes(sizes)
         problem = prefill_size_problem(self.settings, wanted[Role.PREFILL])
         if problem is not None:
             raise ConfigError(problem)
@@ -139,7 +140,7 @@ class Controller:
                 Violation("worker_id", f"{worker_id} is no worker that is READY; those are {known}")
             )
         role = ready.name.role
-        sizes = self._checked_pools({role.value: self.wanted[role] - 1})
+        sizes = checked_sizes({role.value: self.wanted[role] - 1})
         problem = prefill_size_problem(self.settings, (self.wanted | sizes)[Role.PREFILL])
         if problem is not None:
             raise ConfigError(problem)
@@ -161,30 +162,6 @@ class Controller:
                 if process.state is not ProcessState.STOPPING:
                     process.move(ProcessState.STOPPING)
             await asyncio.gather(*map(self._stop, ending))
-
-    def _checked_pools(self, sizes: Mapping[str, int]) -> dict[Role, int]:
-        checked: dict[Role, int] = {}
-        for pool, size in sizes.items():
-            if pool not in (Role.PREFILL.value, Role.DECODE.value):
-                raise InvalidRequestError(
-                    Violation(
-                        "pools", f"there is no pool {pool!r}; the pools are prefill and decode"
-                    )
-                )
-            if size < 0:
-                raise InvalidRequestError(
-                    Violation(f"pools[{pool}]", f"is {size}; a pool has 0 workers at least")
-                )
-            checked[Role(pool)] = size
-        if checked.get(Role.DECODE) == 0:
-            raise InvalidRequestError(
-                Violation(
-                    "pools[decode]",
-                    "is 0, and nobody could stream tokens; it must be at least 1. To end the "
-                    "deployment: paceline down",
-                )
-            )
-        return checked
 
     async def adopt(self) -> None:
         """Take over what an earlier controller left, before anybody may ask about it."""
