@@ -3,41 +3,25 @@
 import asyncio
 import json
 import secrets
-from collections.abc import Sequence
-from enum import Enum, StrEnum
+from collections.abc import Iterable, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from paceline.bench.client import LoadClient
+from paceline.bench.chosen_load import ChosenLoad, LoadKind
 from paceline.bench.environment import write_result
-from paceline.bench.load import (
-    TRACES,
-    PlannedRequest,
-    Vocabulary,
-    fixed_lengths,
-    poisson_arrivals,
-    read_trace,
-)
+from paceline.bench.load import TRACES, PlannedRequest
 from paceline.bench.page import write_page
 from paceline.bench.prefix_sharing import cache_warning, num_shared_tokens
-from paceline.bench.progress import shown_progress
-from paceline.bench.record import Limits, RequestRecord, summarize
+from paceline.bench.record import Limits, summarize
 from paceline.bench.report import result_document, summary_table
 from paceline.errors import ConfigError
 
 DEFAULT_TRACE = TRACES["azure-conversation"]
 SEED_BITS = 32
-
-
-class LoadKind(StrEnum):
-    """How requests arrive."""
-
-    CLOSED = "closed"
-    OPEN = "open"
-    TRACE = "trace"
 
 
 USED_BY = {
@@ -96,62 +80,42 @@ def bench(
     for path in (output, page):
         _refuse_unwritable(path)
     limits = Limits(_seconds(max_ttft_ms), _seconds(max_tpot_ms), _seconds(max_e2e_ms))
-
-    def plan(vocabulary: Vocabulary, max_model_len: int) -> list[PlannedRequest]:
-        if load is LoadKind.TRACE:
-            most_input = min(max_input_tokens or max_model_len, max_model_len - output_tokens)
-            if most_input < 1:
-                raise ConfigError(
-                    f"--output-tokens {output_tokens} leaves no room for a prompt: the model's "
-                    f"length is {max_model_len}"
-                )
-            return read_trace(
-                trace,
-                vocabulary,
-                speed=speed,
-                num_requests=requests,
-                max_input_tokens=most_input,
-                max_output_tokens=output_tokens,
-                seed=seed,
-            )
-        if input_tokens + output_tokens > max_model_len:
-            raise ConfigError(
-                f"--input-tokens {input_tokens} and --output-tokens {output_tokens} are more than "
-                f"the model's length, {max_model_len}"
-            )
-        planned = fixed_lengths(requests, input_tokens, output_tokens, vocabulary, seed)
-        return poisson_arrivals(planned, rate, seed) if load is LoadKind.OPEN else planned
-
-    async def run() -> tuple[list[PlannedRequest], list[RequestRecord]]:
-        async with LoadClient(address, timeout_s=timeout_s) as client:
-            planned = plan(*await client.vocabulary())
-            async with shown_progress(len(planned), Console(stderr=True)) as on_end:
-                if load is LoadKind.CLOSED:
-                    records = await client.closed_loop(planned, concurrency, on_end)
-                else:
-                    records = await client.open_loop(planned, on_end)
-            return planned, records
-
-    planned, records = asyncio.run(run())
-    num_shared = num_shared_tokens(request.prompt for request in planned)
-    summary = summarize(records, limits, num_shared_tokens=num_shared)
+    chosen = ChosenLoad(
+        kind=load,
+        requests=requests,
+        concurrency=concurrency,
+        rate=rate,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        trace=trace,
+        speed=speed,
+        max_input_tokens=max_input_tokens,
+        seed=seed,
+    )
+    sent = asyncio.run(chosen.send(address, timeout_s))
+    num_shared = num_shared_tokens(request.prompt for request in sent.planned)
+    summary = summarize(sent.records, limits, num_shared_tokens=num_shared)
     title = f"paceline bench: {load.value} loop at {address}, seed {seed}"
-    document: dict[str, Any] = result_document(summary, limits, records)
+    document: dict[str, Any] = result_document(summary, limits, sent.records)
     if output is not None:
         write_result(output, "load", config, document)
     if page is not None:
-        write_page(page, title, summary, records)
+        write_page(page, title, summary, sent.records)
     if as_json:
         typer.echo(json.dumps({"config": config, **document}))
     else:
         Console(markup=False).print(summary_table(summary, title))
-    for warning in (cut_warning(planned), cache_warning(summary)):
-        if warning is not None:
-            typer.echo(f"warning: {warning}", err=True)
-    for error in sorted(set(document["errors"])):
-        typer.echo(f"failed: {error}", err=True)
+    _warn([cut_warning(sent.planned), cache_warning(summary)], document["errors"])
     if summary.num_failed:
         raise typer.Exit(1)
+
+
+def _warn(warnings: Iterable[str | None], errors: Iterable[str]) -> None:
+    for warning in warnings:
+        if warning is not None:
+            typer.echo(f"warning: {warning}", err=True)
+    for error in sorted(set(errors)):
+        typer.echo(f"failed: {error}", err=True)
 
 
 def cut_warning(planned: Sequence[PlannedRequest]) -> str | None:
