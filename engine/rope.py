@@ -69,53 +69,15 @@ def read_rope(values: Mapping[str, object], theta: float, max_position: int) -> 
     Raises UnsupportedModelError for a type or a key that is not implemented, naming it.
     """
     given = {key: value for key, value in values.items() if value is not None}
-    older_name = given.pop("type", None)
-    name = given.pop("rope_type", older_name or "default")
-    if older_name not in (None, name):
+    rope_type = _type(given)
+    if _number(given, "partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModelError(
-            f"The model's rope parameters say rope_type {name!r} and type {older_name!r}. "
-            "Correct its config.json."
-        )
-    try:
-        rope_type = RopeType(name)
-    except ValueError:
-        known = ", ".join(member.value for member in RopeType)
-        raise UnsupportedModelError(
-            f"The model's rope_type is {name!r}, and the types implemented are {known}. "
-            "Choose a model with one of these."
-        ) from None
-    if float(_number(given, "partial_rotary_factor", 1.0)) != 1.0:
-        raise UnsupportedModelError(
-            f"The model sets partial_rotary_factor to {values['partial_rotary_factor']}: rotating "
-            "a part of each head is not implemented. Choose another model."
+            f"The model sets partial_rotary_factor to {given['partial_rotary_factor']}: rotating a "
+            "part of each head is not implemented. Choose another model."
         )
     theta = _number(given, "rope_theta", theta)
-    given.pop("rope_theta", None)
-    given.pop("partial_rotary_factor", None)
-    given.pop("finetuned", None)  # how the model was trained, not how it computes
-    if rope_type in (RopeType.DEFAULT, RopeType.LINEAR):
-        given.pop("original_max_position_embeddings", None)
-    if rope_type is RopeType.DEFAULT and given.get("factor") == 1.0:
-        given.pop("factor")
-    unknown = sorted(set(given) - _KEYS[rope_type])
-    if unknown:
-        raise UnsupportedModelError(
-            f"The model's rope parameters have {', '.join(unknown)}, which rope_type {name!r} does "
-            "not know here; ignoring them could change its output. Choose another model."
-        )
-    missing = sorted(
-        {"factor", "low_freq_factor", "high_freq_factor"} & _KEYS[rope_type] - set(given)
-    )
-    if missing:
-        raise UnsupportedModelError(
-            f"The model's rope_type is {name!r}, and its parameters lack {', '.join(missing)}. "
-            "Correct its config.json."
-        )
-    if not isinstance(given.get("truncate", True), bool):
-        raise UnsupportedModelError(
-            f"The model's rope parameter truncate is {given['truncate']!r}, neither true nor "
-            "false. Correct its config.json."
-        )
+    given = _own_keys(given, rope_type)
+    _check_keys(given, rope_type)
     factor = _number(given, "factor", 1.0)
     low, high = _number(given, "low_freq_factor", 1.0), _number(given, "high_freq_factor", 4.0)
     if low >= high:
@@ -138,6 +100,59 @@ def read_rope(values: Mapping[str, object], theta: float, max_position: int) -> 
         attention_factor=_yarn_attention(given, factor) if rope_type is RopeType.YARN else 1.0,
         frequency_factors=_frequency_factors(given),
     )
+
+
+def _type(given: Mapping[str, object]) -> RopeType:
+    older_name = given.get("type")
+    name = given.get("rope_type", older_name or "default")
+    if older_name not in (None, name):
+        raise UnsupportedModelError(
+            f"The model's rope parameters say rope_type {name!r} and type {older_name!r}. "
+            "Correct its config.json."
+        )
+    try:
+        return RopeType(name)
+    except ValueError:
+        known = ", ".join(member.value for member in RopeType)
+        raise UnsupportedModelError(
+            f"The model's rope_type is {name!r}, and the types implemented are {known}. "
+            "Choose a model with one of these."
+        ) from None
+
+
+def _own_keys(given: Mapping[str, object], rope_type: RopeType) -> dict[str, object]:
+    """Return the keys by which a type computes: without those of any type, or that say nothing."""
+    # finetuned: how the model was trained, not how it computes.
+    others = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+    if rope_type in (RopeType.DEFAULT, RopeType.LINEAR):
+        others.add("original_max_position_embeddings")
+    if rope_type is RopeType.DEFAULT and given.get("factor") == 1.0:
+        others.add("factor")
+    return {key: value for key, value in given.items() if key not in others}
+
+
+def _check_keys(given: Mapping[str, object], rope_type: RopeType) -> None:
+    """Refuse keys that the type does not know, and a type whose keys are not all there."""
+    unknown = sorted(set(given) - _KEYS[rope_type])
+    if unknown:
+        raise UnsupportedModelError(
+            f"The model's rope parameters have {', '.join(unknown)}, which rope_type "
+            f"{rope_type.value!r} does not know here; ignoring them could change its output. "
+            "Choose another model."
+        )
+    missing = sorted(
+        {"factor", "low_freq_factor", "high_freq_factor"} & _KEYS[rope_type] - set(given)
+    )
+    if missing:
+        raise UnsupportedModelError(
+            f"The model's rope_type is {rope_type.value!r}, and its parameters lack "
+            f"{', '.join(missing)}. Correct its config.json."
+        )
+    if not isinstance(given.get("truncate", True), bool):
+        raise UnsupportedModelError(
+            f"The model's rope parameter truncate is {given['truncate']!r}, neither true nor "
+            "false. Correct its config.json."
+        )
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> "torch.Tensor":
