@@ -31,6 +31,7 @@ from paceline.cluster.settings import DeploymentSettings, prefill_size_problem
 from paceline.cluster.supervised import Supervised, is_membership_known, members_of
 from paceline.errors import ConfigError, InvalidRequestError, PacelineError
 from paceline.errors import FieldViolation as Violation
+from paceline.silence import Silence
 
 logger = logging.getLogger(__name__)
 
@@ -280,6 +281,8 @@ class Controller:
     async def _watch(self, process: Supervised) -> None:
         assert process.process is not None
         interval_s = self.settings.controller.poll_interval_s
+        limit_s = self._limit_s(process.name.role)
+        silence = Silence(limit_s, time.monotonic())
         while True:
             with contextlib.suppress(
                 TimeoutError, ProcessDiedError
@@ -287,14 +290,15 @@ class Controller:
                 async with asyncio.timeout(max(1.0, interval_s)):
                     report = await process.process.report()
                 process.heard(report, time.monotonic())
+                silence.heard()
                 if process.num_idle_reports:
                     self._wake.set()
-            reason = (
-                process.hang(self._limit_s(process.name.role), time.monotonic())
-                if process.is_serving
-                else None
-            )
-            if reason is not None:
+            # A controller that stood still itself blames nobody.
+            is_silent = silence.is_too_long(time.monotonic())
+            reason = process.stall(limit_s)
+            if is_silent:
+                reason = f"it has not answered for {limit_s:g} s"
+            if reason is not None and process.is_serving:
                 process.end_reason = reason
                 await self._kill(process)
                 return

@@ -76,11 +76,8 @@ class Supervised:
     def steps(self) -> tuple[StartupStep, ...]:
         return self.report.steps if self.report is not None else ()
 
-    def hang(self, limit_s: float, now: float) -> str | None:
-        """Say why it counts as dead though its process lives; None while all is well."""
-        silent_s = now - self.last_heard_s
-        if silent_s > limit_s:
-            return f"it has not answered for {silent_s:.1f} s, and {limit_s:g} s is its limit"
+    def stall(self, limit_s: float) -> str | None:
+        """Say why it counts as dead though it answers; None while all is well."""
         report = self.report
         if report is None or report.is_idle or report.stalled_s <= limit_s:
             return None

@@ -25,7 +25,7 @@ from paceline.worker.outgoing import Outgoing
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 2.5
 """Long enough for a busy owner to answer, far shorter than what a request waits."""
 
 

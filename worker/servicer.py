@@ -53,6 +53,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._failpoints = failpoints
         self._limits = limits
         self._stalled_s = stalled_s
+        self._stall_s = 0.0
+        """How long the engine has been stalled, by two looks in a row; 0: all is well."""
         self._numbers = itertools.count()
         self._streams: set[SessionStream] = set()
 
@@ -76,8 +78,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 f"this is {self._identity.name}, not incarnation {hello.hello.worker_incarnation}",
             )
             return
-        if (seconds := self._stalled_s()) > 0:
-            await self._refuse_stalled(context, seconds)
+        if self._stall_s:
+            await self._refuse_stalled(context)
             return
         number = next(self._numbers)
         stream: SessionStream = Outgoing(_HEARTBEAT, HEARTBEAT_S)
@@ -87,8 +89,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         try:
             async for response in stream:
                 yield response
-            if (seconds := self._stalled_s()) > 0:
-                await self._refuse_stalled(context, seconds)
+            if self._stall_s:
+                await self._refuse_stalled(context)
         finally:
             receiving.cancel()
             stream.close()
@@ -97,9 +99,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     async def watch_engine(self) -> None:
         """End all sessions when the engine stalls; runs until it is cancelled."""
+        last_s = 0.0
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            if self._streams and (seconds := self._stalled_s()) > 0:
+            # Twice in a row: when the whole process stood still, its engine goes on meanwhile.
+            seconds = self._stalled_s()
+            self._stall_s, last_s = min(seconds, last_s) and seconds, seconds
+            if self._stall_s and self._streams:
                 logger.warning(
                     "event=engine_stalled worker_id=%s seconds=%.1f num_sessions=%d",
                     self._identity.name,
@@ -114,12 +120,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         context: grpc.aio.ServicerContext[
             wire_messages.SessionRequest, wire_messages.SessionResponse
         ],
-        seconds: float,
     ) -> None:
         await context.abort(
             grpc.StatusCode.UNAVAILABLE,
-            f"the engine of {self._identity.name} has finished no step for {seconds:.1f} s, far "
-            "longer than its steps take",
+            f"the engine of {self._identity.name} has finished no step for {self._stall_s:.1f} s, "
+            "far longer than its steps take",
         )
 
     def _open(self, number: int, stream: SessionStream, now: float) -> None:

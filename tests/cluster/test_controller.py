@@ -493,3 +493,27 @@ async def test_numbers_grow_from_controller_to_controller_whatever_the_clock_say
         await until(lambda: len(launcher.launched) == 4)
         await until(lambda: router.memberships[-1].version > version)
         assert launcher.launched[-1].name.incarnation > newest
+
+
+async def test_a_controller_that_stood_still_blames_no_worker() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(
+        make_settings(controller={"worker_silence_limit_s": 1.0, "poll_interval_s": 0.05}), launcher
+    )
+    async with running(controller):
+        await until(all_ready(controller, 3))
+        for process in launcher.launched:
+            process.is_silent = True
+        await asyncio.sleep(0.1)  # a report is on its way
+        asyncio.get_running_loop().call_soon(time.sleep, 1.5)
+        await asyncio.sleep(0)
+        for process in launcher.launched:
+            process.is_silent = False
+        heard_s = [process.last_heard_s for process in controller.processes]
+        await until(
+            lambda: all(
+                process.last_heard_s > before
+                for process, before in zip(controller.processes, heard_s, strict=True)
+            )
+        )
+    assert not any(process.was_killed for process in launcher.launched[:3])

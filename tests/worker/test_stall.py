@@ -5,12 +5,13 @@ import math
 from paceline.worker.stall import LEAST_S, LONGEST_STEPS, Stall
 
 
-def test_a_step_larger_than_any_before_may_take_the_longest_time() -> None:
+def test_a_step_larger_than_any_before_may_take_longer_in_proportion() -> None:
     stall = Stall(60.0)
     assert stall.limit_s(1) == 60.0
-    stall.note(64, 0.01)
-    assert stall.limit_s(64) == LEAST_S
-    assert stall.limit_s(65) == 60.0
+    stall.note(64, 0.4)
+    assert stall.limit_s(64) == 4.0
+    assert stall.limit_s(128) == 8.0
+    assert stall.limit_s(64_000) == 60.0
 
 
 def test_long_steps_are_no_stall() -> None:
