@@ -6,6 +6,7 @@
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -68,11 +69,24 @@ def _token_advice(address: str) -> str:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let signals wait while Ray starts or stops in this process: cut in half, Ray aborts it."""
-    import ray
+    """Let signals wait while Ray starts or stops in this process: cut in half, Ray aborts it.
 
-    with signals.held(), _replaced(ray._private.utils, "set_sigterm_handler", _ignore):
-        yield
+    Ray's C++ handler of SIGTERM prints a stack trace and sets an alarm that aborts the process 3 s
+    later, in the middle of its cleanup: so there is none. In versions of Ray that have no setting
+    for it, only the alarm is taken back.
+    """
+    import ray
+    from ray._private import ray_constants
+
+    with (
+        signals.held(),
+        _replaced(ray._private.utils, "set_sigterm_handler", _ignore),
+        _replaced(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True),
+    ):
+        try:
+            yield
+        finally:
+            signal.alarm(0)
 
 
 @contextlib.contextmanager
@@ -122,7 +136,7 @@ def _token_can_be_read() -> bool:
 
 @contextlib.contextmanager
 def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    before = getattr(owner, name)
+    before = getattr(owner, name, None)
     setattr(owner, name, value)
     try:
         yield
