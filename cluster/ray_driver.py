@@ -97,7 +97,8 @@ def _environment(record: DeploymentRecord) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in changes}
     _set(changes)
     try:
-        from ray._private import ray_constants
+        with signals.held():  # imported in part, Ray could not be imported again to clean up
+            from ray._private import ray_constants
 
         # Ray reads the environment when it is imported, which can be long ago.
         is_loopback = os.environ.get(ray_head.LOOPBACK_VARIABLE) == "0"

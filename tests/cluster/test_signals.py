@@ -112,6 +112,22 @@ main()
 """
 
 
+IMPORT = """
+import os, signal, sys
+from paceline.cluster import ray_head
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "ray._private.worker":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Finder())
+ray_head.start = lambda folder, settings: "127.0.0.1:1"
+from paceline.cluster.cli import main
+main()
+"""
+
+
 class Command:
     """A command in a process of its own, with a runtime folder of its own."""
 
@@ -167,6 +183,13 @@ def test_a_start_that_is_ended_leaves_nothing(
     running = Command(tmp_path / "rt", COMMAND, command, *port)
     running.read_until("starting")
     assert running.end(*numbers) == status
+    running.assert_nothing_left()
+
+
+def test_a_start_that_is_ended_while_ray_is_imported_leaves_nothing(tmp_path: Path) -> None:
+    """Cut in the middle, the import could not be done again to clean up."""
+    running = Command(tmp_path / "rt", IMPORT, "up", "--set", "router.grpc_port=0")
+    assert running.end() == 143
     running.assert_nothing_left()
 
 
