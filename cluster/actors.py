@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-import ray
 
 from paceline.cluster.control_service import ControlServer, ControlServicer
 from paceline.cluster.controller import Controller
@@ -27,7 +26,7 @@ from paceline.cluster.launcher import (
     StartupStep,
 )
 from paceline.cluster.process_state import ProcessName, ProcessState
-from paceline.cluster.ray_launcher import RayLauncher
+from paceline.cluster.ray_launcher import RayLauncher, this_host
 from paceline.cluster.resources import pool_settings
 from paceline.cluster.settings import DeploymentSettings
 from paceline.errors import PacelineError, cause_of, clip
@@ -87,6 +86,7 @@ class ProcessActor:
             pid=os.getpid(),
             log_path=self._log_path,
             memory_bytes=psutil.Process().memory_info().rss,
+            host=this_host(),
             **load._asdict(),
         )
 
@@ -116,7 +116,7 @@ class ProcessActor:
         context = HostContext(
             name=self._name,
             settings=self._settings,
-            host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+            host=this_host(),
             router_port=self._router_port,
             on_step=self._stepped,
             on_progress=self._progressed,

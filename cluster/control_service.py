@@ -57,6 +57,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
                 control_pb2.Event(time_s=e.time_s, message=e.message) for e in controller.events
             ],
             uptime_s=time.monotonic() - controller.started_s,
+            problem=controller.problem,
         )
 
     async def Scale(

@@ -18,6 +18,7 @@ from paceline.cluster.back_off import BackOff
 from paceline.cluster.launcher import (
     Launcher,
     Membership,
+    Process,
     ProcessDiedError,
     ProcessReport,
     Remembered,
@@ -29,7 +30,7 @@ from paceline.cluster.process_state import ProcessName, ProcessState, Role
 from paceline.cluster.resources import check_capacity
 from paceline.cluster.settings import DeploymentSettings, prefill_size_problem
 from paceline.cluster.supervised import Supervised, is_membership_known, members_of
-from paceline.errors import ConfigError, InvalidRequestError, PacelineError
+from paceline.errors import ConfigError, InvalidRequestError, PacelineError, UnavailableError
 from paceline.errors import FieldViolation as Violation
 from paceline.silence import Silence
 
@@ -41,6 +42,8 @@ STOP_TIMEOUT_S = 10.0
 """For a process to end by itself, beside a router's own drain_timeout_s."""
 KILL_TIMEOUT_S = 5.0
 """For Ray to take the order. A process of this machine has had SIGKILL by then."""
+SAVE_TIMEOUT_S = 5.0
+"""For Ray's store to take what a later controller needs."""
 NUM_EVENTS = 200
 
 
@@ -73,6 +76,8 @@ class Controller:
         """Incarnation or version of a membership that was given last."""
         self._membership = Membership(0, ())
         self._shutting_down = False
+        self.problem = ""
+        """Why nothing can be started now; empty when all is well."""
         limits = settings.controller
         self._back_off = BackOff(
             limits.first_back_off_s,
@@ -101,10 +106,12 @@ class Controller:
             await self._spread_membership()
             if self._shutting_down:  # perhaps since then: what has ended is not to be replaced
                 return
+            await self._look_at_launcher()
             now = time.monotonic()
             seen = [p.seen() for p in self._processes.values()]
             for action in plan(self.wanted, seen, self._back_off, now):
-                self._perform(action, now)
+                if not (self.problem and isinstance(action, Start)):
+                    self._perform(action, now)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.settings.controller.poll_interval_s):
                     await self._wake.wait()
@@ -112,6 +119,7 @@ class Controller:
 
     async def scale(self, sizes: Mapping[str, int]) -> dict[Role, int]:
         """Change the wanted sizes of pools; returns those of all. Raises without changing any."""
+        self._check_problem()
         wanted = self.wanted | checked_sizes(sizes)
         problem = prefill_size_problem(self.settings, wanted[Role.PREFILL])
         if problem is not None:
@@ -129,6 +137,7 @@ class Controller:
 
     async def drain(self, worker_id: str) -> None:
         """Drain one worker for good: its pool is wanted one smaller. Raises if it is not READY."""
+        self._check_problem()
         found = [p for p in self._processes.values() if p.name.worker_id == worker_id]
         ready = next((p for p in found if p.state is ProcessState.READY), None)
         if ready is None or not ready.name.role.is_worker:
@@ -203,31 +212,45 @@ class Controller:
         self._spawn(self._live_and_die(process), f"supervise {process.name}")
 
     async def _live_and_die(self, process: Supervised) -> None:
-        watching: asyncio.Task[None] | None = None
         cause = "it ended by itself"
-        limit_s = self.settings.controller.start_timeout_s
+        tasks: list[asyncio.Task[None]] = []
         try:
             if process.process is None:
                 port = self._router_ports.get(process.name.worker_id, 0)
                 process.process = await self._launcher.launch(process.name, port)
             if process.state is ProcessState.STARTING:
-                watching = asyncio.create_task(self._watch(process), name=f"watch {process.name}")
-                async with asyncio.timeout(limit_s):
-                    self._ready(
-                        process, await process.process.start(), await process.process.report()
+                # Ray tells of an end, unless its GCS is away; then the watch finds it.
+                tasks = [
+                    asyncio.create_task(work, name=f"{name} {process.name}")
+                    for name, work in (
+                        ("live", self._live(process, process.process)),
+                        ("watch", self._watch(process, process.process)),
                     )
-                await self._keep_port(process)
-                await process.process.wait()
+                ]
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
             # Otherwise it was told to stop while it was launched, and its burial ends it.
-        except TimeoutError:
-            cause = f"it was not READY {limit_s:g} s after its start (controller.start_timeout_s)"
         except PacelineError as error:
             cause = str(error)
         finally:
-            if watching is not None:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         await self._bury(process, cause)
+
+    async def _live(self, process: Supervised, launched: Process) -> None:
+        """Start a process and wait for its end. Raises ProcessDiedError unless it was stopped."""
+        limit_s = self.settings.controller.start_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                self._ready(process, await launched.start(), await launched.report())
+        except TimeoutError:
+            raise ProcessDiedError(
+                f"it was not READY {limit_s:g} s after its start (controller.start_timeout_s)"
+            ) from None
+        await self._keep_port(process)
+        await launched.wait()
 
     def _ready(self, process: Supervised, started: Started, report: ProcessReport) -> None:
         now = time.monotonic()
@@ -250,7 +273,25 @@ class Controller:
                 await self._save()
 
     async def _save(self) -> None:
-        await self._launcher.save(Remembered(dict(self.wanted), dict(self._router_ports)))
+        try:
+            async with asyncio.timeout(SAVE_TIMEOUT_S):
+                await self._launcher.save(Remembered(self.wanted, dict(self._router_ports)))
+        except TimeoutError:
+            self._log(
+                f"Ray's store did not take the sizes and ports within {SAVE_TIMEOUT_S:g} s: a "
+                "controller that replaces this one would not know them"
+            )
+
+    async def _look_at_launcher(self) -> None:
+        """Note whether anything can be started now."""
+        problem = await self._launcher.problem()
+        if problem != self.problem:
+            self._log(problem or "what was in the way of starts is over")
+        self.problem = problem
+
+    def _check_problem(self) -> None:
+        if self.problem:
+            raise UnavailableError(f"sizes cannot change now: {self.problem}")
 
     async def _bury(self, process: Supervised, cause: str) -> None:
         if process.process is not None:
@@ -263,7 +304,7 @@ class Controller:
             del self._processes[process.name]
             self._log(f"{process.name.worker_id} has ended")
         else:
-            process.message = process.end_reason or cause
+            process.message = cause
             self._back_off.failed(process.name.worker_id, process.ready_for_s(now), now)
             self._log(f"{process.name.worker_id} has died: {process.message}")
         # Peers drop what was its before a replacement starts.
@@ -278,30 +319,27 @@ class Controller:
                 return process.message
         return ""
 
-    async def _watch(self, process: Supervised) -> None:
-        assert process.process is not None
+    async def _watch(self, process: Supervised, launched: Process) -> None:
+        """Ask how a process does. Raises ProcessDiedError when it has ended, or hangs."""
         interval_s = self.settings.controller.poll_interval_s
         limit_s = self._limit_s(process.name.role)
         silence = Silence(limit_s, time.monotonic())
         while True:
-            with contextlib.suppress(
-                TimeoutError, ProcessDiedError
-            ):  # its own task hears of a death
+            with contextlib.suppress(TimeoutError, ProcessDiedError):
                 async with asyncio.timeout(max(1.0, interval_s)):
-                    report = await process.process.report()
+                    report = await launched.report()
                 process.heard(report, time.monotonic())
                 silence.heard()
                 if process.num_idle_reports:
                     self._wake.set()
             # A controller that stood still itself blames nobody.
             is_silent = silence.is_too_long(time.monotonic())
-            reason = process.stall(limit_s)
-            if is_silent:
-                reason = f"it has not answered for {limit_s:g} s"
-            if reason is not None and process.is_serving:
-                process.end_reason = reason
-                await self._kill(process)
-                return
+            reason = launched.end()
+            if reason is None and process.is_serving:
+                silent = f"it has not answered for {limit_s:g} s"
+                reason = silent if is_silent else process.stall(limit_s)
+            if reason is not None:
+                raise ProcessDiedError(reason)
             await asyncio.sleep(interval_s if process.ready_s is not None else interval_s / 5)
 
     def _limit_s(self, role: Role) -> float:

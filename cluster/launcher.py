@@ -48,6 +48,8 @@ class ProcessReport:
     log_path: str
     """Where its stderr goes, on its machine."""
     memory_bytes: int
+    host: str = ""
+    """Address of its machine."""
     draining: bool = False
     is_idle: bool = True
     stalled_s: float = 0.0
@@ -94,6 +96,9 @@ class Process(Protocol):
     async def report(self) -> ProcessReport:
         """Ask it to describe itself."""
 
+    def end(self) -> str | None:
+        """Say why it has ended; None while it lives, or if only Ray can know."""
+
     async def update_membership(self, membership: Membership) -> None:
         """Tell it who serves. Older versions than the last one are ignored."""
 
@@ -134,6 +139,9 @@ class Launcher(Protocol):
 
     async def adopt(self) -> Sequence[Process]:
         """Find every process of the deployment that lives."""
+
+    async def problem(self) -> str:
+        """Say why no process can be started now; empty when all is well."""
 
     async def capacity(self) -> Capacity:
         """Say what the cluster has."""

@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
-import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ from paceline.cluster.launcher import (
     Started,
 )
 from paceline.cluster.process_state import ProcessName, Role
+from paceline.cluster.ray_head import answers
 from paceline.cluster.resources import pool_settings
 from paceline.cluster.settings import DeploymentSettings
 from paceline.engine.host_memory import host_memory
@@ -51,6 +50,8 @@ class RayProcess:
         self.name = name
         self._actor = actor
         self._pid: int | None = None
+        self._here: psutil.Process | None = None
+        """None if it runs on another machine, or has not said where."""
         self._log_path = ""
 
     async def start(self) -> Started:
@@ -67,6 +68,11 @@ class RayProcess:
         self._note(report)
         return report
 
+    def end(self) -> str | None:
+        if self._here is None or _lives(self._here):
+            return None
+        return _why_it_ended(self._pid, self._log_path)
+
     async def update_membership(self, membership: Membership) -> None:
         await self._call(self._actor.update_membership.remote(membership))
 
@@ -77,14 +83,19 @@ class RayProcess:
         await self._call(self._actor.stop.remote())
 
     async def kill(self) -> None:
-        if self._pid is not None:
+        if self._here is not None:
             # Ray asks; a process that was stopped by a signal, or that hangs in C, does not hear.
-            _kill_on_this_machine(self._pid)
-        # Ray waits for its GCS, which may be gone.
-        await asyncio.to_thread(ray.kill, self._actor, no_restart=True)
+            with contextlib.suppress(psutil.Error):
+                self._here.kill()
+        if await _gcs_answers():
+            await asyncio.to_thread(ray.kill, self._actor, no_restart=True)
 
     def _note(self, report: ProcessReport) -> None:
-        self._pid, self._log_path = report.pid, report.log_path
+        self._log_path = report.log_path
+        if self._pid != report.pid:
+            self._pid = report.pid
+            with contextlib.suppress(psutil.Error):
+                self._here = psutil.Process(report.pid) if report.host == this_host() else None
 
     async def _patiently(self, call: "Callable[[], Awaitable[Result]]") -> Result:
         """Repeat a call while the actor is out of reach but not known to be dead."""
@@ -132,6 +143,9 @@ class RayLauncher:
         self._actor_class = actor_class
 
     async def launch(self, name: ProcessName, router_port: int) -> RayProcess:
+        return await asyncio.to_thread(self._launch, name, router_port)
+
+    def _launch(self, name: ProcessName, router_port: int) -> RayProcess:
         resources: dict[str, float] = {}
         if name.role.is_worker:
             resources = worker_resources(pool_settings(self._settings, name.role))
@@ -154,11 +168,16 @@ class RayLauncher:
     async def adopt(self) -> list[RayProcess]:
         return await asyncio.to_thread(self._find)
 
+    async def problem(self) -> str:
+        if await _gcs_answers():
+            return ""
+        return gcs_is_away(_gcs_address(), has_own_ray=self._settings.ray.address is None)
+
     async def capacity(self) -> Capacity:
         return await asyncio.to_thread(cluster_capacity)
 
     async def save(self, remembered: Remembered) -> None:
-        put_remembered(self._namespace, remembered)
+        await asyncio.to_thread(put_remembered, self._namespace, remembered)
 
     async def load(self) -> Remembered | None:
         value = _internal_kv_get(self._key("remembered"), namespace=KEY_SPACE.encode())
@@ -232,10 +251,41 @@ def _key(namespace: str, name: str) -> bytes:
     return f"{namespace}/{name}".encode()
 
 
-def _kill_on_this_machine(pid: int) -> None:
-    with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
-        if "ray::" in " ".join(psutil.Process(pid).cmdline()):  # not another one with its number
-            os.kill(pid, signal.SIGKILL)
+def this_host() -> str:
+    """Return this machine's address in the Ray cluster."""
+    host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return host
+
+
+def gcs_is_away(address: str, *, has_own_ray: bool) -> str:
+    """Say that a Ray's GCS does not answer, what goes on without it, and what to do."""
+    what_to_do = (
+        "Ray and the deployment are started again as soon as no request runs"
+        if has_own_ray
+        else "Bring the head of that Ray cluster back, or end the deployment (paceline down) and "
+        "start it on another one"
+    )
+    return (
+        f"Ray's GCS at {address} does not answer: serving goes on, but what dies is not replaced. "
+        f"{what_to_do}"
+    )
+
+
+async def _gcs_answers() -> bool:
+    """Look before a call of Ray's that would wait for its GCS without end."""
+    return await asyncio.to_thread(answers, _gcs_address())
+
+
+def _gcs_address() -> str:
+    address: str = ray.get_runtime_context().gcs_address
+    return address
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _why_it_ended(pid: int | None, log_path: str) -> str:

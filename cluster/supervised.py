@@ -40,8 +40,6 @@ class Supervised:
     """A burial and the main loop may both have one for it: each is sent once, in order."""
     message: str = ""
     """Why it is dead, or why the one before it died, while this one is STARTING."""
-    end_reason: str = ""
-    """Why the controller killed it."""
 
     def move(self, state: ProcessState) -> None:
         if state not in TRANSITIONS[self.state]:

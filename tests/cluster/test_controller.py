@@ -13,7 +13,7 @@ from paceline.cluster import supervised
 from paceline.cluster.controller import Controller
 from paceline.cluster.process_state import ProcessState, Role
 from paceline.cluster.settings import DeploymentSettings
-from paceline.errors import CapacityError, ConfigError, InvalidRequestError
+from paceline.errors import CapacityError, ConfigError, InvalidRequestError, UnavailableError
 
 
 def make_settings(**parts: object) -> DeploymentSettings:
@@ -339,6 +339,61 @@ async def test_a_router_keeps_its_port_whoever_dies_with_it() -> None:
     async with running(second):
         await until(all_ready(second, 3))
         assert launcher.living("router-0").port == port
+
+
+async def test_a_death_of_which_ray_does_not_tell_is_seen_and_repaired_when_ray_is_back() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 3))
+        launcher.problem_now = "Ray's GCS does not answer"
+        await until(lambda: controller.problem)
+        launcher.living("decode-0").end_seen_by_launcher = "its process 7 ended"
+        await until(lambda: states(controller)["decode-0"] is ProcessState.DEAD)
+        await until(lambda: members(launcher.living("router-0")) == {"prefill-0"})
+        await until_planned_again(controller)
+        assert len(launcher.launched) == 3
+        launcher.problem_now = ""
+        await until(all_ready(controller, 3))
+        assert any("decode-0 has died: its process 7 ended" in e.message for e in controller.events)
+
+
+async def test_a_start_that_ends_while_ray_is_away_is_seen() -> None:
+    launcher = FakeLauncher()
+    launcher.can_start = False
+    controller = Controller(make_settings(), launcher)
+    async with running(controller):
+        await until(lambda: len(launcher.launched) == 3)
+        launcher.problem_now = "Ray's GCS does not answer"
+        launcher.living("decode-0").end_seen_by_launcher = "its process 7 ended"
+        await until(lambda: states(controller)["decode-0"] is ProcessState.DEAD)
+
+
+async def test_sizes_do_not_change_while_nothing_can_be_started() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(make_settings(), launcher)
+    async with running(controller):
+        await until(all_ready(controller, 3))
+        launcher.problem_now = "Ray's GCS does not answer"
+        await until(lambda: controller.problem)
+        for change in (controller.scale({"decode": 2}), controller.drain("decode-0")):
+            with pytest.raises(UnavailableError, match=r"sizes cannot change now: Ray's GCS"):
+                await change
+        assert controller.wanted[Role.DECODE] == 1
+        assert states(controller)["decode-0"] is ProcessState.READY
+
+
+async def until_planned_again(controller: Controller) -> None:
+    """Wait for a whole round of the main loop."""
+    rounds: list[None] = []
+    look = controller._look_at_launcher
+
+    async def counted() -> None:
+        rounds.append(None)
+        await look()
+
+    controller._look_at_launcher = counted  # type: ignore[method-assign]
+    await until(lambda: len(rounds) > 2)
 
 
 @contextlib.asynccontextmanager

@@ -26,6 +26,7 @@ class FakeProcess:
         if can_start:
             self.started.set()
         self.is_busy = False
+        self.end_seen_by_launcher: str | None = None
         self.is_silent = False
         self.is_draining = False
         self.stalled_s = 0.0
@@ -78,6 +79,9 @@ class FakeProcess:
             num_running=int(self.is_busy),
         )
 
+    def end(self) -> str | None:
+        return self.end_seen_by_launcher
+
     async def update_membership(self, membership: Membership) -> None:
         await self.can_update.wait()
         self._check()
@@ -107,6 +111,7 @@ class FakeLauncher:
         self.can_launch = asyncio.Event()
         self.can_launch.set()
         self.capacity_now = Capacity({"CPU": 2.0}, 1, 16 << 30, 8 << 30)
+        self.problem_now = ""
         self.saved: Remembered | None = None
         self.numbers = 0
 
@@ -119,6 +124,9 @@ class FakeLauncher:
 
     async def adopt(self) -> list[FakeProcess]:
         return [process for process in self.launched if process.lives]
+
+    async def problem(self) -> str:
+        return self.problem_now
 
     async def capacity(self) -> Capacity:
         return self.capacity_now

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19paceline/v1/control.proto\x12\x0bpaceline.v1\"\x12\n\x10GetStatusRequest\"\xb7\x01\n\x11GetStatusResponse\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\'\n\tprocesses\x18\x03 \x03(\x0b\x32\x14.paceline.v1.Process\x12 \n\x05pools\x18\x04 \x03(\x0b\x32\x11.paceline.v1.Pool\x12\"\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x12.paceline.v1.Event\x12\x10\n\x08uptime_s\x18\x06 \x01(\x01\"3\n\x04Pool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06wanted\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\r\"\xe2\x02\n\x07Process\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.paceline.v1.ProcessState\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\t \x01(\r\x12\x13\n\x0bnum_running\x18\n \x01(\r\x12\x13\n\x0bnum_waiting\x18\x0b \x01(\r\x12)\n\x07startup\x18\x0c \x03(\x0b\x32\x18.paceline.v1.StartupStep\x12\x0f\n\x07message\x18\r \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0e \x01(\t\x12\r\n\x05lag_s\x18\x0f \x01(\x01\x12\x11\n\tmax_lag_s\x18\x10 \x01(\x01\",\n\x0bStartupStep\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"(\n\x05\x45vent\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0f\n\x07message\x18\x02 \x01(\t\"q\n\x0cScaleRequest\x12\x33\n\x05pools\x18\x01 \x03(\x0b\x32$.paceline.v1.ScaleRequest.PoolsEntry\x1a,\n\nPoolsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"1\n\rScaleResponse\x12 \n\x05pools\x18\x01 \x03(\x0b\x32\x11.paceline.v1.Pool\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x0f\n\rDrainResponse*\x96\x01\n\x0cProcessState\x12\x1d\n\x19PROCESS_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16PROCESS_STATE_STARTING\x10\x01\x12\x17\n\x13PROCESS_STATE_READY\x10\x02\x12\x1a\n\x16PROCESS_STATE_DRAINING\x10\x03\x12\x16\n\x12PROCESS_STATE_DEAD\x10\x04\x32\xdc\x01\n\x0e\x43ontrolService\x12J\n\tGetStatus\x12\x1d.paceline.v1.GetStatusRequest\x1a\x1e.paceline.v1.GetStatusResponse\x12>\n\x05Scale\x12\x19.paceline.v1.ScaleRequest\x1a\x1a.paceline.v1.ScaleResponse\x12>\n\x05\x44rain\x12\x19.paceline.v1.DrainRequest\x1a\x1a.paceline.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19paceline/v1/control.proto\x12\x0bpaceline.v1\"\x12\n\x10GetStatusRequest\"\xc8\x01\n\x11GetStatusResponse\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\'\n\tprocesses\x18\x03 \x03(\x0b\x32\x14.paceline.v1.Process\x12 \n\x05pools\x18\x04 \x03(\x0b\x32\x11.paceline.v1.Pool\x12\"\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x12.paceline.v1.Event\x12\x10\n\x08uptime_s\x18\x06 \x01(\x01\x12\x0f\n\x07problem\x18\x07 \x01(\t\"3\n\x04Pool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06wanted\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\r\"\xe2\x02\n\x07Process\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.paceline.v1.ProcessState\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\t \x01(\r\x12\x13\n\x0bnum_running\x18\n \x01(\r\x12\x13\n\x0bnum_waiting\x18\x0b \x01(\r\x12)\n\x07startup\x18\x0c \x03(\x0b\x32\x18.paceline.v1.StartupStep\x12\x0f\n\x07message\x18\r \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0e \x01(\t\x12\r\n\x05lag_s\x18\x0f \x01(\x01\x12\x11\n\tmax_lag_s\x18\x10 \x01(\x01\",\n\x0bStartupStep\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"(\n\x05\x45vent\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0f\n\x07message\x18\x02 \x01(\t\"q\n\x0cScaleRequest\x12\x33\n\x05pools\x18\x01 \x03(\x0b\x32$.paceline.v1.ScaleRequest.PoolsEntry\x1a,\n\nPoolsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"1\n\rScaleResponse\x12 \n\x05pools\x18\x01 \x03(\x0b\x32\x11.paceline.v1.Pool\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x0f\n\rDrainResponse*\x96\x01\n\x0cProcessState\x12\x1d\n\x19PROCESS_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16PROCESS_STATE_STARTING\x10\x01\x12\x17\n\x13PROCESS_STATE_READY\x10\x02\x12\x1a\n\x16PROCESS_STATE_DRAINING\x10\x03\x12\x16\n\x12PROCESS_STATE_DEAD\x10\x04\x32\xdc\x01\n\x0e\x43ontrolService\x12J\n\tGetStatus\x12\x1d.paceline.v1.GetStatusRequest\x1a\x1e.paceline.v1.GetStatusResponse\x12>\n\x05Scale\x12\x19.paceline.v1.ScaleRequest\x1a\x1a.paceline.v1.ScaleResponse\x12>\n\x05\x44rain\x12\x19.paceline.v1.DrainRequest\x1a\x1a.paceline.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,30 +33,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SCALEREQUEST_POOLSENTRY']._loaded_options = None
   _globals['_SCALEREQUEST_POOLSENTRY']._serialized_options = b'8\001'
-  _globals['_PROCESSSTATE']._serialized_start=965
-  _globals['_PROCESSSTATE']._serialized_end=1115
+  _globals['_PROCESSSTATE']._serialized_start=982
+  _globals['_PROCESSSTATE']._serialized_end=1132
   _globals['_GETSTATUSREQUEST']._serialized_start=42
   _globals['_GETSTATUSREQUEST']._serialized_end=60
   _globals['_GETSTATUSRESPONSE']._serialized_start=63
-  _globals['_GETSTATUSRESPONSE']._serialized_end=246
-  _globals['_POOL']._serialized_start=248
-  _globals['_POOL']._serialized_end=299
-  _globals['_PROCESS']._serialized_start=302
-  _globals['_PROCESS']._serialized_end=656
-  _globals['_STARTUPSTEP']._serialized_start=658
-  _globals['_STARTUPSTEP']._serialized_end=702
-  _globals['_EVENT']._serialized_start=704
-  _globals['_EVENT']._serialized_end=744
-  _globals['_SCALEREQUEST']._serialized_start=746
-  _globals['_SCALEREQUEST']._serialized_end=859
-  _globals['_SCALEREQUEST_POOLSENTRY']._serialized_start=815
-  _globals['_SCALEREQUEST_POOLSENTRY']._serialized_end=859
-  _globals['_SCALERESPONSE']._serialized_start=861
-  _globals['_SCALERESPONSE']._serialized_end=910
-  _globals['_DRAINREQUEST']._serialized_start=912
-  _globals['_DRAINREQUEST']._serialized_end=945
-  _globals['_DRAINRESPONSE']._serialized_start=947
-  _globals['_DRAINRESPONSE']._serialized_end=962
-  _globals['_CONTROLSERVICE']._serialized_start=1118
-  _globals['_CONTROLSERVICE']._serialized_end=1338
+  _globals['_GETSTATUSRESPONSE']._serialized_end=263
+  _globals['_POOL']._serialized_start=265
+  _globals['_POOL']._serialized_end=316
+  _globals['_PROCESS']._serialized_start=319
+  _globals['_PROCESS']._serialized_end=673
+  _globals['_STARTUPSTEP']._serialized_start=675
+  _globals['_STARTUPSTEP']._serialized_end=719
+  _globals['_EVENT']._serialized_start=721
+  _globals['_EVENT']._serialized_end=761
+  _globals['_SCALEREQUEST']._serialized_start=763
+  _globals['_SCALEREQUEST']._serialized_end=876
+  _globals['_SCALEREQUEST_POOLSENTRY']._serialized_start=832
+  _globals['_SCALEREQUEST_POOLSENTRY']._serialized_end=876
+  _globals['_SCALERESPONSE']._serialized_start=878
+  _globals['_SCALERESPONSE']._serialized_end=927
+  _globals['_DRAINREQUEST']._serialized_start=929
+  _globals['_DRAINREQUEST']._serialized_end=962
+  _globals['_DRAINRESPONSE']._serialized_start=964
+  _globals['_DRAINRESPONSE']._serialized_end=979
+  _globals['_CONTROLSERVICE']._serialized_start=1135
+  _globals['_CONTROLSERVICE']._serialized_end=1355
 # @@protoc_insertion_point(module_scope)

@@ -80,12 +80,15 @@ class GetStatusResponse(_message.Message):
     POOLS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     UPTIME_S_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     """Name of the deployment."""
     model: _builtins.str
     """Name of the served model."""
     uptime_s: _builtins.float
     """Seconds since the controller started."""
+    problem: _builtins.str
+    """Why no process can be started now, what goes on, and what to do; empty when all is well."""
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Process]:
         """Every router and worker, by worker_id."""
@@ -107,10 +110,11 @@ class GetStatusResponse(_message.Message):
         pools: _abc.Iterable[Global___Pool] | None = ...,
         events: _abc.Iterable[Global___Event] | None = ...,
         uptime_s: _builtins.float = ...,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "events", b"events", "model", b"model", "pools", b"pools", "processes", b"processes", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "events", b"events", "model", b"model", "pools", b"pools", "problem", b"problem", "processes", b"processes", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
