@@ -101,7 +101,9 @@ def load_engine(
     llama = LlamaModel(config, weights, parallel)
     # Random weights are not the same on every kind of device.
     source = f"-{device.type}" if model.load_format == "dummy" and device.type != "cpu" else ""
-    revision = f"{folder.revision}-{dtype}{source}"
+    # Workers that end at other tokens would continue each other's requests differently.
+    ends = ",".join(map(str, sorted(config.eos_token_ids)))
+    revision = f"{folder.revision}-{dtype}{source}-{ends}"
     if device.type == "cpu":
         with timed("allocate the KV pool"):
             pool = _cpu_pool(layout, settings, allocate)

@@ -116,6 +116,14 @@ def test_random_weights_need_no_files_and_revisions_tell_precisions_apart(tmp_pa
     assert engine.model_revision != other.model_revision
 
 
+def test_revisions_tell_end_tokens_apart(tmp_path: Path) -> None:
+    """Workers that end at other tokens would continue each other's requests differently."""
+    write_model(tmp_path, "LlamaForCausalLM")
+    first = load(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    assert load(tmp_path).model_revision != first.model_revision
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_refused_with_the_reason(tmp_path: Path) -> None:
     write_model(tmp_path, "LlamaForCausalLM")
