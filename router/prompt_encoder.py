@@ -35,14 +35,16 @@ class PromptEncoder:
         self._set_text_bytes = settings.max_text_bytes
         self._max_text_bytes = settings.max_text_bytes or max_model_len * self._longest_token
         limits = Limits(self._max_text_bytes, settings.tokenizer_timeout_s)
+        digest = self._tokens.digest()
         self._pool = TokenizerPool(
             folder,
+            digest,
             limits,
             num_processes=settings.tokenizer_processes - 1,
             max_waiting=MAX_WAITING_PROMPTS,
         )
         self._long_pool = TokenizerPool(
-            folder, limits, num_processes=1, max_waiting=MAX_WAITING_LONG_PROMPTS
+            folder, digest, limits, num_processes=1, max_waiting=MAX_WAITING_LONG_PROMPTS
         )
 
     @property

@@ -35,7 +35,7 @@ class FrameKind(IntEnum):
     CHAT = 1
     """Request: JSON, [[role, content], …]."""
     READY = 2
-    """The first answer, empty: the tokenizer has been read."""
+    """The first answer: the digest of the tokenizer that has been read."""
     TOKENS = 3
     """Answer: token ids, int32 each."""
     REFUSED = 4
@@ -73,7 +73,7 @@ def main(folder: str, max_text_bytes: str, timeout_s: str) -> None:
     os.dup2(2, 1)
     tokenizer = PromptTokenizer.from_folder(Path(folder))
     limits = Limits(int(max_text_bytes), float(timeout_s))
-    _write(answers, Frame(FrameKind.READY))
+    _write(answers, Frame(FrameKind.READY, tokenizer.digest()))
     while (request := _read(sys.stdin.buffer)) is not None:
         # Ends this process, whatever it does and even if its router is gone.
         signal.setitimer(signal.ITIMER_REAL, limits.timeout_s)

@@ -33,7 +33,9 @@ class _Exit(NamedTuple):
 class _Child:
     """One process, started by its first call. Used by one task at a time."""
 
-    def __init__(self, folder: Path, limits: Limits) -> None:
+    def __init__(self, folder: Path, digest: bytes, limits: Limits) -> None:
+        self._folder = folder
+        self._digest = digest
         self._limits = limits
         # The child's own alarm is for the case that nobody is left to kill it.
         own_timeout_s = limits.timeout_s + GRACE_S
@@ -63,6 +65,13 @@ class _Child:
             raise PacelineError(
                 f"a tokenizer's process did not start within {START_TIMEOUT_S} s, its exit status "
                 f"is {answer.status}; the router's log has its own words"
+            )
+        if answer.payload != self._digest:
+            await self.end()
+            raise PacelineError(
+                f"the tokenizer or the chat template in {self._folder} has changed since this "
+                "router read it, and prompts would get other tokens. Put the old files back, or "
+                "start the deployment again"
             )
 
     async def call(self, request: Frame) -> Frame:
@@ -121,9 +130,16 @@ class TokenizerPool:
     """Some children and the calls that wait for one."""
 
     def __init__(
-        self, folder: Path, limits: Limits, *, num_processes: int, max_waiting: int
+        self,
+        folder: Path,
+        digest: bytes,
+        limits: Limits,
+        *,
+        num_processes: int,
+        max_waiting: int,
     ) -> None:
-        self._children = [_Child(folder, limits) for _ in range(num_processes)]
+        """`digest`: of the tokenizer that the router itself has read from the folder."""
+        self._children = [_Child(folder, digest, limits) for _ in range(num_processes)]
         self._idle: asyncio.Queue[_Child] = asyncio.Queue()
         for child in self._children:
             self._idle.put_nowait(child)

@@ -93,6 +93,27 @@ async def test_a_process_that_dies_fails_one_prompt_and_is_replaced(tmp_path: Pa
         assert len(await made.encode_text(text)) == len(text)
 
 
+@pytest.mark.parametrize("change", [{"adds_bos": True}, {"template": "{{ messages[0].content }}"}])
+async def test_a_process_that_reads_other_files_than_its_router_is_refused(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    """Prompts would get other tokens once a process is replaced, and nobody would know."""
+    text = "a" * (SHORT_TEXT_BYTES + 1)
+    async with encoder(tmp_path) as made:
+        await made.encode_text(text)
+        write_tokenizer(tmp_path, **change)
+        for child in children():
+            child.kill()
+            child.wait()
+        with pytest.raises(PacelineError, match=r"ended with status|has changed since"):
+            await made.encode_text(text)
+        with pytest.raises(PacelineError, match="has changed since this router read it"):
+            await made.encode_text(text)
+        assert not children()
+        write_tokenizer(tmp_path)
+        assert (await made.encode_text(text)).tolist() == byte_ids(text)
+
+
 async def test_a_client_that_goes_away_leaves_the_process_to_the_next(tmp_path: Path) -> None:
     text = "a" * (SHORT_TEXT_BYTES + 1)
     async with encoder(tmp_path) as made:
