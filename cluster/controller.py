@@ -275,7 +275,7 @@ class Controller:
     async def _save(self) -> None:
         try:
             async with asyncio.timeout(SAVE_TIMEOUT_S):
-                await self._launcher.save(Remembered(self.wanted, dict(self._router_ports)))
+                await self._launcher.save(Remembered(dict(self.wanted), dict(self._router_ports)))
         except TimeoutError:
             self._log(
                 f"Ray's store did not take the sizes and ports within {SAVE_TIMEOUT_S:g} s: a "

@@ -104,7 +104,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             await asyncio.sleep(HEARTBEAT_S)
             # Twice in a row: when the whole process stood still, its engine goes on meanwhile.
             seconds = self._stalled_s()
-            self._stall_s, last_s = min(seconds, last_s) and seconds, seconds
+            self._stall_s = seconds if last_s else 0.0
+            last_s = seconds
             if self._stall_s and self._streams:
                 logger.warning(
                     "event=engine_stalled worker_id=%s seconds=%.1f num_sessions=%d",

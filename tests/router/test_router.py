@@ -500,16 +500,17 @@ def stop_watching(router: Router) -> None:
     router._lag_task.cancel()
 
 
-@pytest.mark.slow  # two of some twenty runs on a crowded machine saw no wait; why is not known
 async def test_a_first_token_that_waits_for_a_busy_router_is_no_prefill(tmp_path: Path) -> None:
     async with router_deployment(tmp_path) as deployment:
-        prefill, router = deployment.prefill, deployment.router
+        prefill, decode, router = deployment.prefill, deployment.decode, deployment.router
         stop_watching(router)
-        prefill.late_s = 0.0
+        prefill.late_s = decode.late_s = 0.0
         await deployment.generate(make_request())  # its messages are the fastest
         now = asyncio.get_running_loop().time()
         router._lag.tick(0.02, 0.12, 0.12, now)  # busy, though hardly any timer is late
-        prefill.late_s, prefill.hold_at = 0.3, 0
+        # Either of them may be the first to report the first token.
+        prefill.late_s = decode.late_s = 0.3
+        prefill.hold_at = 0
         call = asyncio.create_task(deployment.generate(make_request(include_timeline=True)))
         await until(lambda: bool(prefill.running), "the prompt is at its worker")
         began_s = time.monotonic()
