@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from paceline.engine.cpu.random_stream import RandomStreams
@@ -102,6 +102,8 @@ def reference_kept(
     kept = np.exp(scores) >= min_p
     if top_k:
         kept &= scores >= np.sort(scores)[::-1][min(top_k, len(scores)) - 1]
+    if top_p == 1.0:
+        return kept  # sums in two orders may differ by the smallest weights
     weights = np.where(kept, np.exp(scores), 0.0)
     order = np.argsort(-scores)
     before = np.cumsum(weights[order]) - weights[order]
@@ -110,6 +112,7 @@ def reference_kept(
 
 
 @settings(deadline=None, max_examples=60)
+@example(seed=271, vocab_size=1500, scale=5.0, rows=[*[(0, 0.0001, 0.0)] * 3, (0, 1.0, 0.0)])
 @given(
     seed=st.integers(0, 1000),
     vocab_size=st.sampled_from([5, 200, 1500]),
